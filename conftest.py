@@ -1,0 +1,35 @@
+"""Set before anything imports Triton: its kernels run in the interpreter, in tests and in the notebooks' kernels."""
+
+import os
+
+import pytest
+
+
+def _has_gpu() -> bool:
+    # torch is not asked: importing it may import Triton.
+    return os.path.exists("/dev/nvidiactl")
+
+
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tests.typechecker  # noqa: E402, F401  (jaxtyping's hook looks it up by name)
+
+TABLES: dict[str, list[str]] = {}
+
+
+@pytest.fixture
+def report():
+    """report(title, line): lines of a table printed when all tests are done."""
+
+    def add(title: str, line: str) -> None:
+        TABLES.setdefault(title, []).append(line)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    for title, lines in TABLES.items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)

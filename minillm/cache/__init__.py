@@ -1,0 +1,1 @@
+"""Key/value stores: where the tokens that a model has already read are kept."""

