@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -33,4 +37,24 @@ class RMSNorm(nn.Module):
             # In float32: 1 + w would lose w's last bits in bf16.
             weight = self.weight.float() + self.weight_offset
             return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
+        kernel = None if torch.is_grad_enabled() else _cpu_kernel()
+        if kernel is not None and kernel.supports(x, self.weight):
+            out: Tensor = kernel.rms_norm(x, self.weight, self.eps)
+            return out
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@cache
+def _cpu_kernel() -> ModuleType | None:
+    """The Numba twin of `torch.nn.functional.rms_norm`, where it can be imported."""
+    try:
+        from minillm.kernels.cpu import rms_norm
+    except ImportError as error:
+        warnings.warn(
+            f"minillm.kernels cannot be imported ({error}): PyTorch's own operations do the work, more slowly; "
+            "`minillm env` says how to mend it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return rms_norm

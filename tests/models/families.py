@@ -160,9 +160,9 @@ FAMILIES: dict[str, Callable[[Path], nn.Module]] = {
         ),
         T.Gemma3ForCausalLM,
     ),
-    "gemma3 (soft caps)": _hf(
+    "gemma3 (soft-capped logits)": _hf(
         lambda: T.Gemma3TextConfig(
-            **SMALL, head_dim=8, sliding_window=8, final_logit_softcapping=6.0, attn_logit_softcapping=4.0
+            **SMALL, head_dim=8, sliding_window=8, final_logit_softcapping=20.0
         ),
         T.Gemma3ForCausalLM,
     ),
