@@ -1,0 +1,339 @@
+"""The command line: minillm generate | chat | pull | env."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from minillm import __version__
+from minillm.errors import InvalidRequestError, MinillmError, TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from minillm.transformer.decoder import Decoder
+    from minillm.transformer.sampling import Sampling
+
+DEFAULT_MODEL = "smollm2-135m"
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+app = typer.Typer(
+    help="An educational engine for language models: from the Transformer to paged attention.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+notes = Console(stderr=True, highlight=False)
+debugging = {"on": False}
+
+
+def _set_debug(on: bool) -> None:
+    debugging["on"] = debugging["on"] or on
+
+
+def _show_version(on: bool) -> None:
+    if on:
+        print(f"minillm {__version__}")
+        raise typer.Exit
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A local folder or .gguf file, a hub id (org/name), or a short name."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+DtypeName = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="How many new tokens at most.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time; 1 samples as trained.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the fewest tokens whose probabilities sum to p.")]
+MinP = Annotated[float, typer.Option(help="Sample from tokens at least p times as likely as the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="Make the draws repeatable.")]
+Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="A table of tokens, speed and memory at the end.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the whole traceback of an error.", callback=_set_debug, expose_value=False),
+]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """What every command shares."""
+
+
+@app.command(
+    epilog="Examples:  minillm generate 'Once upon a time'   ·   "
+    "minillm generate 'def fib(n):' -m Qwen/Qwen3-0.6B --temperature 0.8 --top-p 0.95 --seed 1"
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Model = DEFAULT_MODEL,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    dtype: DtypeName = "auto",
+    device: Device = "auto",
+    stats: Stats = True,
+    debug: Debug = False,
+) -> None:
+    """Continue a text, token by token as they come."""
+    writer = Writer.load(model, dtype, device, max_tokens, _sampling(temperature, top_k, top_p, min_p, seed))
+    text_ids = writer.tokenizer(prompt).input_ids
+    for piece in writer.write(text_ids):
+        _print(piece)
+    _print("\n")
+    if stats:
+        notes.print(writer.table())
+
+
+@app.command(
+    epilog="Examples:  minillm chat   ·   minillm chat -q 'What is a block table?'   ·   "
+    "minillm chat -m Qwen/Qwen3-0.6B --system-prompt 'Answer in one sentence.'"
+)
+def chat(
+    model: Model = DEFAULT_MODEL,
+    quick: Annotated[str | None, typer.Option("--quick", "-q", help="Answer this one message and end.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    dtype: DtypeName = "auto",
+    device: Device = "auto",
+    stats: Stats = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops the answer, Ctrl-D or /exit ends the conversation."""
+    writer = Writer.load(model, dtype, device, max_tokens, _sampling(temperature, top_k, top_p, min_p, seed))
+    conversation = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    if quick is not None:
+        _answer(writer, [*conversation, {"role": "user", "content": quick}], stats)
+        return
+    notes.print(f"[bold]{model}[/bold]  ·  Ctrl-C stops an answer  ·  Ctrl-D or /exit ends")
+    for message in _messages():
+        conversation.append({"role": "user", "content": message})
+        try:
+            conversation.append({"role": "assistant", "content": _answer(writer, conversation, stats)})
+        except InvalidRequestError as error:
+            conversation.pop()
+            notes.print(escape(str(error)), style="red", soft_wrap=True)
+
+
+@app.command(epilog="Examples:  minillm pull smollm2-135m   ·   minillm pull Qwen/Qwen3-0.6B --local-dir models/qwen3")
+def pull(
+    name: Annotated[str, typer.Argument(help="A short name or a hub id (org/name, or org/name:Q4_K_M for one GGUF).")],
+    local_dir: Annotated[Path | None, typer.Option(help="Put the files here instead of the hub's cache.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Download a model, or complete an interrupted download, and print where it is."""
+    from minillm.models.source import resolve
+
+    print(resolve(name, local_dir=local_dir))
+
+
+@app.command()
+def env(debug: Debug = False) -> None:
+    """Print versions, devices and CPU features; what is missing, and how to mend it."""
+    from minillm.environment import mends, report
+
+    out = Console(highlight=False)
+    table = Table("", "", show_header=False, box=None, pad_edge=False)
+    for name, value in report():
+        table.add_row(name, value)
+    out.print(table)
+    for problem, mend in mends():
+        out.print(f"[yellow]missing[/yellow] {escape(problem)}\n  [green]mend[/green]  {escape(mend)}", soft_wrap=True)
+
+
+@dataclass
+class Writer:
+    """A model that writes text as it goes, and counts."""
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    max_tokens: int
+    sampling: Sampling
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_seconds: float = 0.0
+    seconds: float = 0.0
+    kv_bytes: int = 0
+    ids: list[int] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, model: str, dtype: str, device: str, max_tokens: int, sampling: Sampling) -> Writer:
+        """Find, download if need be, and load a model."""
+        with notes.status("importing PyTorch"):
+            from minillm.models.loader import load_model
+            from minillm.models.source import resolve
+            from minillm.models.tokenizer import get_tokenizer, stop_token_ids
+        path = resolve(model)  # its own progress bars
+        with notes.status(f"loading {model}"):
+            tokenizer = get_tokenizer(path)
+            decoder = load_model(path, dtype=dtype, device=device)  # type: ignore[arg-type]
+            return cls(decoder, tokenizer, stop_token_ids(path, tokenizer), max_tokens, sampling)
+
+    def write(self, prompt: list[int]) -> Iterator[str]:
+        """Pieces of text, each whole characters, until a stop token, max_tokens or the end of the context."""
+        from tokenizers.decoders import DecodeStream
+
+        from minillm.cache.contiguous import ContiguousCache
+        from minillm.transformer.generation import generate
+
+        room = self.decoder.config.max_position_embeddings - len(prompt)
+        if room < 1:
+            raise InvalidRequestError(
+                f"{len(prompt)} tokens leave no room for an answer in a context of {len(prompt) + room}: shorten the text"
+            )
+        max_tokens = min(self.max_tokens, room)
+        kv = ContiguousCache.for_decoder(self.decoder, 1, len(prompt) + max_tokens)
+        self.prompt_tokens, self.new_tokens, self.kv_bytes = len(prompt), 0, kv.num_bytes
+        stream = DecodeStream(skip_special_tokens=True)
+        start = time.perf_counter()
+        steps = generate(
+            self.decoder, [prompt], kv, max_tokens=max_tokens, sampling=self.sampling, stop_ids=self.stop_ids
+        )
+        for (token,) in steps:
+            self.new_tokens += 1
+            self.seconds = time.perf_counter() - start
+            if self.new_tokens == 1:
+                self.first_seconds = self.seconds
+            assert token is not None  # one row: when it is finished, so are the steps
+            piece = stream.step(self.tokenizer._tokenizer, token)
+            if piece:
+                yield piece
+
+    def table(self) -> Table:
+        """What the last text took."""
+        later = self.new_tokens - 1
+        speed = later / (self.seconds - self.first_seconds) if later > 0 else float("nan")
+        table = Table("prompt tokens", "new tokens", "first token", "tokens/s", "KV memory", "dtype")
+        table.add_row(
+            str(self.prompt_tokens),
+            str(self.new_tokens),
+            f"{self.first_seconds:.2f} s",
+            f"{speed:.1f}",
+            f"{self.kv_bytes / 2**20:.1f} MiB",
+            str(self.decoder.dtype).removeprefix("torch."),
+        )
+        return table
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> Sampling:
+    from minillm.transformer.sampling import Sampling
+
+    return Sampling(temperature, top_k, top_p, min_p, seed)
+
+
+def _answer(writer: Writer, conversation: list[dict[str, str]], stats: bool) -> str:
+    """Print the model's answer as it comes and return it; Ctrl-C ends it where it is."""
+    pieces = []
+    try:
+        for piece in writer.write(_chat_ids(writer.tokenizer, conversation)):
+            pieces.append(piece)
+            _print(piece)
+    except KeyboardInterrupt:
+        _print(" [stopped]")
+    _print("\n")
+    if stats:
+        notes.print(writer.table())
+    return "".join(pieces)
+
+
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise TokenizerError("this model has no chat template: it continues text; use `minillm generate`")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template may raise what it likes
+        raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
+    return ids
+
+
+def _messages() -> Iterator[str]:
+    """What the user types, until Ctrl-D or /exit."""
+    try:
+        import readline  # noqa: F401  (line editing and history for input)
+    except ImportError:
+        pass
+    while True:
+        try:
+            message = input("> ").strip()
+        except EOFError:
+            _print("\n")
+            return
+        except KeyboardInterrupt:
+            _print("\n")
+            notes.print("Ctrl-D or /exit ends the conversation")
+            continue
+        if message == "/exit":
+            return
+        if message:
+            yield message
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def main() -> None:
+    """Run the command line: an error is one sentence and exit status 1; its traceback is shown with --debug."""
+    sys.exit(run(app))
+
+
+def run(command: Callable[..., Any]) -> int:
+    """The exit status of a command that may raise."""
+    try:
+        return command(standalone_mode=False) or 0
+    except typer.Abort:
+        return 1
+    except typer.Exit as end:
+        return end.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MinillmError as error:
+        return _fail(str(error))
+    except Exception as error:
+        if hasattr(error, "show"):  # the command line's own errors: a wrong option, a missing argument
+            error.show()
+            return getattr(error, "exit_code", 2)
+        return _fail(f"{type(error).__name__}: {error} (this is a bug: run again with --debug and report it)")
+
+
+def _fail(message: str) -> int:
+    if debugging["on"]:
+        traceback.print_exc()
+    else:
+        notes.print(f"[red]error[/red] {escape(' '.join(message.split()))}", soft_wrap=True)
+    return 1
+
+
+if __name__ == "__main__":
+    main()
