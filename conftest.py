@@ -1,13 +1,14 @@
 """Set before anything imports Triton: its kernels run in the interpreter, in tests and in the notebooks' kernels."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 
 def _has_gpu() -> bool:
     # torch is not asked: importing it may import Triton.
-    return os.path.exists("/dev/nvidiactl")
+    return Path("/dev/nvidiactl").exists()
 
 
 if not _has_gpu():

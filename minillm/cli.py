@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -206,7 +207,7 @@ class Writer:
         room = self.decoder.config.max_position_embeddings - len(prompt)
         if room < 1:
             raise InvalidRequestError(
-                f"{len(prompt)} tokens leave no room for an answer in a context of {len(prompt) + room}: shorten the text"
+                f"{len(prompt)} tokens leave no room in a context of {len(prompt) + room}: shorten the text"
             )
         max_tokens = min(self.max_tokens, room)
         kv = ContiguousCache.for_decoder(self.decoder, 1, len(prompt) + max_tokens)
@@ -267,18 +268,16 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, s
     if not tokenizer.chat_template:
         raise TokenizerError("this model has no chat template: it continues text; use `minillm generate`")
     try:
-        ids: list[int] = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template may raise what it likes
         raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
-    return ids
+    return cast(list[int], ids)
 
 
 def _messages() -> Iterator[str]:
     """What the user types, until Ctrl-D or /exit."""
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input)
-    except ImportError:
-        pass
     while True:
         try:
             message = input("> ").strip()

@@ -9,7 +9,6 @@ from typing import Any
 
 from minillm.errors import ConfigError
 from minillm.transformer.decoder import DecoderConfig, LayerConfig
-from minillm.transformer.feed_forward import Activation
 from minillm.transformer.positions import (
     LinearScaling,
     Llama3Scaling,
@@ -89,7 +88,7 @@ LLAMA_WEIGHTS = {
 LLAMA_IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 """Frequencies that old checkpoints stored, though they follow from the configuration."""
 
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -115,7 +114,7 @@ def refuse(config: Json, **usual: Any) -> None:
             raise ConfigError(f"the model's config sets {key}={config[key]!r}; only {value!r} is implemented")
 
 
-def activation(config: Json, key: str, default: str) -> Activation:
+def activation(config: Json, key: str, default: str) -> str:
     """The feed-forward network's activation."""
     name = config.get(key) or default
     if name not in _ACTIVATIONS:
@@ -199,15 +198,19 @@ def same_layers(config: Json, layer: LayerConfig) -> tuple[LayerConfig, ...]:
 
 
 def windowed_layers(
-    config: Json, rotary: RotaryConfig, window: int | None, is_windowed: Callable[[int], bool]
+    config: Json, near: LayerConfig, far: LayerConfig, is_near: Callable[[int], bool]
 ) -> tuple[LayerConfig, ...]:
-    """Layers of which some look back only `window` tokens: as ``layer_types`` says, else as `is_windowed` does."""
-    types = config.get("layer_types")
+    """Layers of two kinds, with a sliding window and without: as ``layer_types`` says, else as `is_near` does."""
+    kinds = {"sliding_attention": near, "full_attention": far}
     count = int(need(config, "num_hidden_layers"))
-    if types is not None and len(types) != count:
+    types = config.get("layer_types")
+    if types is None:
+        types = ["sliding_attention" if is_near(number) else "full_attention" for number in range(count)]
+    if len(types) != count:
         raise ConfigError(f"layer_types names {len(types)} layers, num_hidden_layers says {count}")
-    windowed = [is_windowed(number) if types is None else types[number] == "sliding_attention" for number in range(count)]
-    return tuple(LayerConfig(window=window if near else None, rotary=rotary) for near in windowed)
+    if unknown := set(types) - set(kinds):
+        raise ConfigError(f"layer type {unknown.pop()!r} is not implemented; these are: {', '.join(kinds)}")
+    return tuple(kinds[kind] for kind in types)
 
 
 def llama_like(config: Json, *, layers: tuple[LayerConfig, ...], **different: Any) -> DecoderConfig:

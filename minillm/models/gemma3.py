@@ -4,7 +4,17 @@ layers to one global layer, each kind with its own rotary base."""
 from __future__ import annotations
 
 from minillm.errors import ConfigError
-from minillm.models.family import LLAMA_IGNORED, LLAMA_WEIGHTS, Family, Json, activation, llama_like, need, rotary
+from minillm.models.family import (
+    LLAMA_IGNORED,
+    LLAMA_WEIGHTS,
+    Family,
+    Json,
+    activation,
+    llama_like,
+    need,
+    rotary,
+    windowed_layers,
+)
 from minillm.transformer.decoder import DecoderConfig, LayerConfig
 
 HEAD_DIM = 256
@@ -19,17 +29,13 @@ def _layers(config: Json) -> tuple[LayerConfig, ...]:
         near = rotary(local, default_head_dim=HEAD_DIM)
     window = config.get("sliding_window") or 4096
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    count = need(config, "num_hidden_layers")
-    types = config.get("layer_types") or [
-        "full_attention" if (number + 1) % pattern == 0 else "sliding_attention" for number in range(count)
-    ]
-    if len(types) != count:
-        raise ConfigError(f"layer_types names {len(types)} layers, num_hidden_layers says {count}")
-    kinds = {"sliding_attention": LayerConfig(window, near), "full_attention": LayerConfig(None, far)}
-    return tuple(kinds[kind] for kind in types)
+    return windowed_layers(
+        config, LayerConfig(window, near), LayerConfig(None, far), lambda number: (number + 1) % pattern != 0
+    )
 
 
 def translate(config: Json) -> DecoderConfig:
+    """config.json of Gemma 3's text models."""
     if config.get("use_bidirectional_attention"):
         raise ConfigError("the model's config sets use_bidirectional_attention: an embedding model, not a generator")
     hidden_size = need(config, "hidden_size")

@@ -11,7 +11,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minillm.models.family import LLAMA_IGNORED, LLAMA_WEIGHTS, Family, Json, llama_like, need, refuse, rotary, same_layers
+from minillm.models.family import (
+    LLAMA_IGNORED,
+    LLAMA_WEIGHTS,
+    Family,
+    Json,
+    llama_like,
+    need,
+    refuse,
+    rotary,
+    same_layers,
+)
 from minillm.transformer.decoder import DecoderConfig, LayerConfig
 from minillm.transformer.positions import RotaryConfig
 
@@ -19,6 +29,7 @@ EPS = 1.5625e-07
 
 
 def translate_hf(config: Json) -> DecoderConfig:
+    """config.json of glm-4-9b-chat-hf."""
     size = config.get("head_dim") or 128
     angles = rotary(config, partial=0.5, interleaved=True, default_head_dim=size)
     return llama_like(
@@ -32,6 +43,7 @@ def translate_hf(config: Json) -> DecoderConfig:
 
 
 def translate_0414(config: Json) -> DecoderConfig:
+    """config.json of GLM-4-9B-0414."""
     return replace(translate_hf(config), norm_placement="sandwich")
 
 
@@ -63,7 +75,8 @@ def translate_chatglm(config: Json) -> DecoderConfig:
     )
 
 
-_HF_WEIGHTS = {name: ours for name, ours in LLAMA_WEIGHTS.items() if "gate_proj" not in name and "up_proj" not in name} | {
+_SEPARATE = ("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj")
+_HF_WEIGHTS = {name: ours for name, ours in LLAMA_WEIGHTS.items() if name not in _SEPARATE} | {
     "layers.*.mlp.gate_up_proj": "layers.*.feed_forward.gate_up",
 }
 
@@ -74,6 +87,7 @@ GLM4_HF = Family(
     prefix="model.",
     weights=_HF_WEIGHTS,
     ignored=LLAMA_IGNORED,
+    gguf=("chatglm",),
 )
 
 GLM4_0414 = Family(
@@ -107,5 +121,4 @@ CHATGLM = Family(
         "output_layer": "head",
     },
     ignored=(r"rotary_pos_emb\.inv_freq",),
-    gguf=("chatglm",),
 )

@@ -7,6 +7,7 @@ from minillm.transformer.decoder import DecoderConfig, LayerConfig
 
 
 def translate(config: Json) -> DecoderConfig:
+    """config.json of GPT-2."""
     refuse(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     hidden_size, heads = need(config, "n_embd"), need(config, "n_head")
     return DecoderConfig(

@@ -10,12 +10,12 @@ from minillm.models.family import (
     llama_like,
     rotary,
     same_layers,
-    windowed_layers,
 )
 from minillm.transformer.decoder import DecoderConfig, LayerConfig
 
 
 def translate(config: Json) -> DecoderConfig:
+    """config.json of Llama 2 and 3 and their many descendants."""
     return llama_like(
         config,
         layers=same_layers(config, LayerConfig(rotary=rotary(config))),
@@ -25,8 +25,8 @@ def translate(config: Json) -> DecoderConfig:
 
 def translate_mistral(config: Json) -> DecoderConfig:
     """Mistral 7B (Jiang et al. 2023, §2): every layer looks back over a sliding window; v0.2 and later have none."""
-    layers = windowed_layers(config, rotary(config), config.get("sliding_window", 4096), lambda number: True)
-    return llama_like(config, layers=layers)
+    layer = LayerConfig(window=config.get("sliding_window", 4096), rotary=rotary(config))
+    return llama_like(config, layers=same_layers(config, layer))
 
 
 LLAMA = Family(

@@ -7,6 +7,7 @@ from minillm.transformer.decoder import DecoderConfig, LayerConfig
 
 
 def translate(config: Json) -> DecoderConfig:
+    """config.json of OPT."""
     refuse(config, layer_norm_elementwise_affine=True)
     hidden_size, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
     pre_norm = config.get("do_layer_norm_before", True)

@@ -11,14 +11,18 @@ def _layers(config: Json, default_head_dim: int | None = None) -> tuple[LayerCon
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
     angles = rotary(config, default_head_dim=default_head_dim)
-    return windowed_layers(config, angles, window, lambda number: number >= first)
+    return windowed_layers(
+        config, LayerConfig(window, angles), LayerConfig(None, angles), lambda number: number >= first
+    )
 
 
 def translate_qwen2(config: Json) -> DecoderConfig:
+    """config.json of Qwen2 and Qwen2.5."""
     return llama_like(config, layers=_layers(config), qkv_bias=True, attention_out_bias=False)
 
 
 def translate_qwen3(config: Json) -> DecoderConfig:
+    """config.json of Qwen3."""
     size = config.get("head_dim") or 128
     return llama_like(config, layers=_layers(config, size), head_dim=size, qk_norm=True)
 

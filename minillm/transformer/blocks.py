@@ -12,8 +12,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.kv import KVStore
+from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.positions import Rotation
 
 NormPlacement = Literal["pre", "post", "sandwich"]

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minillm.errors import ConfigError, InvalidRequestError
-from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.blocks import DecoderBlock, NormPlacement
-from minillm.transformer.feed_forward import ACTIVATIONS, Activation, FeedForward, GatedFeedForward
+from minillm.transformer.feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
 from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch
+from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.norms import LayerNorm, RMSNorm
 from minillm.transformer.positions import (
     LearnedPositions,
@@ -70,7 +70,7 @@ class DecoderConfig:
     qk_norm: bool = False
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
-    activation: Activation = "silu"
+    activation: str = "silu"
     gated: bool = True
     feed_forward_bias: bool = False
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
@@ -95,9 +95,7 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         for layer in self.layers:
@@ -214,7 +212,8 @@ class Decoder(nn.Module):
         """
         if kv is None:
             if tokens.ndim != 2 or not tokens.numel():
-                raise InvalidRequestError(f"without a key/value store, tokens must be [batch, seq], not {list(tokens.shape)}")
+                shape = list(tokens.shape)
+                raise InvalidRequestError(f"without a key/value store, tokens must be [batch, seq], not {shape}")
             kv = NoCache(self.config.attention_specs)
             kv.begin(PaddedBatch.full(*tokens.shape))
             if positions is None:

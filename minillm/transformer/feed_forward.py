@@ -1,16 +1,13 @@
-"""The position-wise feed-forward network, plain (Vaswani et al. 2017, §3.3) and gated (Shazeer 2020, "GLU Variants")."""
+"""The position-wise feed-forward network: plain (Vaswani et al. 2017, §3.3) and gated (Shazeer 2020)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -23,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation, *, bias: bool = True) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, *, bias: bool = True) -> None:
         super().__init__()
         self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
@@ -36,7 +33,7 @@ class FeedForward(nn.Module):
 class GatedFeedForward(nn.Module):
     """down(activation(gate(x)) · up(x)); gate and up are one packed product, gate's rows first."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation, *, bias: bool = False) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, *, bias: bool = False) -> None:
         super().__init__()
         self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)

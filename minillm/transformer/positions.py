@@ -115,8 +115,9 @@ def rotary_frequencies(config: RotaryConfig) -> tuple[Float[Tensor, "half"], flo
         case Llama3Scaling() as scaling:
             return _llama3_frequencies(frequencies, scaling), 1.0
         case YarnScaling() as scaling:
-            factor = scaling.attention_factor
-            return _yarn_frequencies(frequencies, config, scaling), yarn_mscale(scaling.factor) if factor is None else factor
+            said = scaling.attention_factor
+            factor = yarn_mscale(scaling.factor) if said is None else said
+            return _yarn_frequencies(frequencies, config, scaling), factor
 
 
 def _llama3_frequencies(frequencies: Float[Tensor, "half"], scaling: Llama3Scaling) -> Float[Tensor, "half"]:

@@ -1,0 +1,40 @@
+# Each target is what you could type yourself; `make demo` is the place to start.
+#   PYTHON=python3.12       another interpreter (3.11 or newer)
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu    PyTorch without CUDA: 200 MB instead of gigabytes on Linux
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo test lab notebooks lint types clean
+
+demo: .venv/notebooks
+	$(BIN)/minillm chat --quick "What is gravity?" --stats
+
+test: .venv/test
+	$(BIN)/minillm pull smollm2-135m
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -o addopts= --nbval --nbval-current-env notebooks
+
+lab: .venv/notebooks
+	$(BIN)/jupyter lab notebooks
+
+notebooks: .venv/notebooks
+	$(BIN)/python notebooks/build.py
+
+lint: .venv/test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/test
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# An environment with the extra that its name says; made again when the lists of packages change.
+.venv/%: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('minillm needs Python 3.11 or newer: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) -e '.[$*]'
+	touch $@

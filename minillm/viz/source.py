@@ -1,0 +1,22 @@
+"""The package's own code, shown where it is explained: notebooks never keep a second copy."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from IPython.display import Markdown
+
+import minillm
+
+
+def show_source(thing: Callable[..., Any]) -> Markdown:
+    """The real source of a function or class of the package, with its file and line."""
+    inner = inspect.unwrap(thing)
+    lines, first = inspect.getsourcelines(inner)
+    file = Path(inspect.getsourcefile(inner) or "").resolve().relative_to(Path(minillm.__file__).resolve().parent)
+    code = textwrap.dedent("".join(lines))
+    return Markdown(f"`minillm/{file.as_posix()}`, from line {first}:\n```python\n{code}```")

@@ -1,0 +1,232 @@
+# %% [markdown]
+# # 00 · Start here
+#
+# A language model is a function from a text to the probabilities of the next piece of text. Everything else is how to
+# compute that function, and how to compute it for many people at once without wasting memory.
+#
+# **By the end of this notebook you will be able to**
+#
+# - say what this course builds, and find any part of it in the package;
+# - load a real trained model and let it write, with code short enough to read in full;
+# - check your own work, here and in every notebook that follows.
+#
+# **You need** Python and a laptop; no GPU. **Time**: about 30 minutes.
+#
+# **How to run it.** `make lab` opens JupyterLab on this folder. Click into a cell and press <kbd>Shift</kbd>+
+# <kbd>Enter</kbd>: it runs, and the next one is chosen. Cells depend on those above them, so run them in order; if
+# something is strange, *Kernel → Restart Kernel and Run All Cells* starts afresh.
+
+# %% [markdown]
+# ## The road
+#
+# The course follows one lineage of code. It starts with the Transformer of 2017 (Vaswani et al., "Attention Is All You
+# Need") and ends with an engine that serves many users from one pool of memory, as vLLM does (Kwon et al. 2023,
+# "PagedAttention"). Nothing is thrown away on the road: the attention of notebook 03 is the attention that the engine
+# of notebook 11 runs.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+import minillm
+from minillm.viz import plot_course_map, plot_next_token, show_source
+
+plot_course_map()
+plt.show()
+
+# %% [markdown]
+# This notebook is stop 00. The later ones appear in this folder one by one as the course grows; each says at its end
+# where the next one is.
+#
+# ## A first text
+#
+# `smollm2-135m` is a small trained model (SmolLM2-135M-Instruct, by Hugging Face, Apache-2.0): 135 million numbers,
+# found by training on text. The first call downloads it; later ones find it on your disk. We ask for float32, ordinary
+# 32-bit numbers, so that everybody computes alike.
+
+# %% tags=["nbval-ignore-output"]
+model = minillm.load_model("smollm2-135m", dtype="float32", device="cpu")
+tokenizer = minillm.get_tokenizer("smollm2-135m")
+parameters = sum(parameter.numel() for parameter in model.parameters())
+print(f"{parameters / 1e6:.1f} million parameters, {parameters * 4 / 2**20:.0f} MiB in float32")
+
+# %% [markdown]
+# A model does not see letters. The **tokenizer** cuts a text into pieces from a fixed list and numbers them: these
+# numbers are the **tokens**. A word may be one token or several, and the space before it belongs to it. How the list
+# is found is the subject of notebook 01.
+
+# %%
+text = "The capital of France is"
+tokens = tokenizer(text).input_ids
+for token in tokens:
+    print(f"{token:6d}  {tokenizer.decode([token])!r}")
+
+# %% [markdown]
+# Given those tokens, the model returns one number for every token of its vocabulary: the **logits**. Their softmax is a
+# probability distribution over what comes next. `model` takes `[batch, seq]` tokens and gives `[batch, seq, vocab]`
+# logits: a prediction after *every* token, of which we look at the last.
+
+# %%
+with torch.inference_mode():
+    logits = model(torch.tensor([tokens]))
+print("tokens", [1, len(tokens)], "→ logits", list(logits.shape))
+assert logits.shape == (1, len(tokens), model.config.vocab_size)
+
+# %%
+plot_next_token(logits[0, -1], tokenizer, title=f"after “{text}”")
+plt.show()
+
+# %% [markdown]
+# Now write. Take the likeliest token, put it at the end, ask again: this is **greedy** generation, and it is the whole
+# idea of text generation.
+
+# %% tags=["nbval-ignore-output"]
+written = list(tokens)
+with torch.inference_mode():
+    for _ in range(12):
+        following = model(torch.tensor([written]))[0, -1].argmax()
+        written.append(int(following))
+print(tokenizer.decode(written))
+
+# %%
+assert "Paris" in tokenizer.decode(written)
+
+# %% [markdown]
+# ## The same loop, in the package
+#
+# The loop above reads the whole text again for every token. The package's loop does the same with a **key/value
+# store**, an object that remembers what attention needs of earlier tokens, so that each step reads one new token only.
+# Here is its real source, not a copy; throughout the course, `show_source` shows you the code that runs.
+
+# %%
+from minillm.transformer.generation import generate
+
+show_source(generate)
+
+# %% [markdown]
+# Two stores can be plugged into it today, and the model does not change between them. `None` keeps nothing and
+# recomputes everything, as our loop did. `ContiguousCache` reserves one stretch of memory for each text. The third, the
+# paged store, is what this course is about; it arrives in notebook 08.
+
+# %%
+from minillm.cache.contiguous import ContiguousCache
+
+cache = ContiguousCache.for_decoder(model, batch_size=1, max_len=len(tokens) + 12)
+kept = [step[0] for step in generate(model, [tokens], cache, max_tokens=12)]
+recomputed = [step[0] for step in generate(model, [tokens], None, max_tokens=12)]
+assert kept == recomputed == written[len(tokens) :]
+print("both stores wrote the same tokens as our own loop")
+
+# %% [markdown]
+# Same tokens, at a different price. The price of remembering is memory: two vectors a token, a layer and a key/value
+# head. The price of forgetting is time, which grows with every token written. (Times vary from machine to machine; the
+# ratio is what to look at.)
+
+# %% tags=["nbval-ignore-output"]
+import time
+
+
+def seconds(store, count=40):
+    start = time.perf_counter()
+    list(generate(model, [tokens], store, max_tokens=count))
+    return time.perf_counter() - start
+
+
+longer = ContiguousCache.for_decoder(model, max_len=len(tokens) + 40)
+with_cache, without = seconds(longer), seconds(None)
+print(f"40 tokens: {with_cache:.1f} s with the cache, {without:.1f} s without: {without / with_cache:.1f} times longer")
+
+# %%
+per_token = model.config.kv_bytes_per_token(torch.float32)
+config = model.config
+assert per_token == 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+longest = config.max_position_embeddings
+share = longest * per_token / (parameters * 4)
+print(f"one token's keys and values: {per_token:,} bytes")
+print(f"the longest text, {longest:,} tokens: {longest * per_token / 2**20:.0f} MiB, {share:.0%} of the model itself")
+
+# %% [markdown]
+# That last figure is why the second half of this course exists: a single long text comes close to the model's own size,
+# and a server holds many texts at once.
+#
+# ## A conversation
+#
+# A chat model is the same function, trained on conversations written down in a fixed form, its **chat template**. The
+# tokenizer knows the template:
+
+# %%
+question = [{"role": "user", "content": "What is gravity? Answer in one sentence."}]
+print(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+
+# %% tags=["nbval-ignore-output"]
+from minillm.models.tokenizer import stop_token_ids
+
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+store = ContiguousCache.for_decoder(model, max_len=len(prompt) + 80)
+stops = stop_token_ids("smollm2-135m", tokenizer)
+answer = [step[0] for step in generate(model, [prompt], store, max_tokens=80, stop_ids=stops)]
+print(tokenizer.decode(answer))
+
+# %%
+assert "force" in tokenizer.decode(answer) or "mass" in tokenizer.decode(answer)
+
+# %% [markdown]
+# The same from a terminal: `minillm chat`.
+#
+# ## How to check your work
+#
+# Learning here means predicting and then checking, and a check is a line of code:
+#
+# - **In a notebook**, an `assert` says nothing when you are right and stops you when you are not. Each exercise ends
+#   with one.
+# - **In the package**, `make test` runs every test, and runs every notebook again and compares its outputs with those
+#   that you see here (with nbval). If you have changed the code and it is green, the course still tells the truth.
+#
+# ## Exercises
+#
+# **1.** How many tokens is your own name? Guess first. Then try a name in another script.
+#
+# **2.** Greedy generation always takes the likeliest token. Write the loop so that it *draws* the next token from the
+# probabilities (`torch.multinomial`), and run it twice. Replace `draw`:
+
+
+# %%
+def draw(logits):
+    """The next token, drawn from softmax(logits). (Here still greedy: yours to change.)"""
+    return logits.argmax()
+
+
+some = torch.tensor([0.0, 1.0, -1.0])
+print({int(draw(some)) for _ in range(200)})
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def draw(logits):
+#     return torch.multinomial(logits.softmax(dim=-1), 1)[0]
+# ```
+# With it, the set above is `{0, 1, 2}`: everything that is possible happens now and then.
+#
+# </details>
+#
+# **3.** From `model.config`, work out how many tokens of keys and values (float32) fit into as many bytes as the
+# model's weights take. Replace `None`:
+
+# %%
+tokens_that_fit = None
+if tokens_that_fit is not None:
+    weights, one_token = parameters * 4, 2 * 30 * 3 * 64 * 4
+    assert int(tokens_that_fit) == weights // one_token, "bytes of all weights over the bytes of one token"
+    print("right")
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# `parameters * 4 // per_token`: each weight is four bytes, and `per_token` is 2 (a key and a value) × 30 layers × 3
+# key/value heads × 64 numbers × 4 bytes.
+#
+# </details>
+#
+# ---
+# **Next:** `01_tokens_and_embeddings`: where tokens come from, and how a number becomes a vector.

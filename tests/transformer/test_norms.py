@@ -1,0 +1,50 @@
+"""Norms against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minillm.transformer import norms
+from minillm.transformer.norms import LayerNorm, RMSNorm
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_is_the_formula(grad, offset):
+    torch.manual_seed(0)
+    norm = RMSNorm(24, eps=1e-3, weight_offset=offset)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 24)
+    with torch.set_grad_enabled(grad):
+        ours = norm(x)
+    expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * (norm.weight.double() + offset)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-5)
+    assert ours.requires_grad is grad
+
+
+def test_fresh_norms_scale_by_one():
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(RMSNorm(16)(x), RMSNorm(16, weight_offset=1.0)(x))
+
+
+def test_layer_norm_is_the_formula():
+    torch.manual_seed(0)
+    norm, x = LayerNorm(24, eps=1e-3), torch.randn(2, 3, 24).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    variance, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+    expected = (x - mean) / (variance + 1e-3).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(norm(x.float()).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_kernels_it_warns_once_and_goes_on(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "minillm.kernels.cpu", None)
+    norms._cpu_kernel.cache_clear()
+    norm, x = RMSNorm(16), torch.randn(2, 16)
+    with torch.inference_mode():
+        with pytest.warns(RuntimeWarning, match="minillm env"):
+            first = norm(x)
+        second = norm(x)  # a second warning would fail: warnings are errors below
+    torch.testing.assert_close(first, second)
+    norms._cpu_kernel.cache_clear()
