@@ -194,7 +194,7 @@ class Writer:
         path = resolve(model)  # its own progress bars
         with notes.status(f"loading {model}"):
             tokenizer = get_tokenizer(path)
-            decoder = load_model(path, dtype=dtype, device=device)  # type: ignore[arg-type]
+            decoder = load_model(path, dtype=dtype, device=device)
             return cls(decoder, tokenizer, stop_token_ids(path, tokenizer), max_tokens, sampling)
 
     def write(self, prompt: list[int]) -> Iterator[str]:

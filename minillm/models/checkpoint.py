@@ -6,6 +6,7 @@ A tensor is yielded, copied where it belongs and forgotten, so that loading neve
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from minillm.errors import CheckpointError
 
-REMAP_BYTES = 256 * 2**20
+REMAP_BYTES = 64 * 2**20
 """A memory-mapped file is mapped afresh after this much, so that pages already copied are given back."""
 
 
@@ -68,11 +69,11 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
         while names:
-            mapped = 0
+            read = 0
             with safe_open(path, framework="pt") as file:
-                while names and mapped < REMAP_BYTES:
+                while names and read < REMAP_BYTES:
                     tensor = file.get_tensor(names[0])
-                    mapped += tensor.nbytes
+                    read += tensor.nbytes
                     yield names.pop(0), tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read; truncated, or not safetensors: {error}") from error
@@ -80,9 +81,14 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
     """A pickled state dict through PyTorch's restricted unpickler: tensors and plain containers, nothing else."""
-    for name, value in load_pickle(path).items():
-        if isinstance(value, Tensor):
-            yield name, value
+    names = [name for name, value in load_pickle(path).items() if isinstance(value, Tensor)]
+    slice_bytes = REMAP_BYTES if _is_zip(path) else math.inf  # what cannot be mapped is read once, whole
+    while names:
+        state, read = load_pickle(path), 0
+        while names and read < slice_bytes:
+            tensor = state.pop(names[0])
+            read += tensor.nbytes
+            yield names.pop(0), tensor
 
 
 def load_pickle(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from minillm.models.registry import family_of
 from minillm.models.source import resolve
 from minillm.transformer.decoder import Decoder, DecoderConfig
 
-Dtype = torch.dtype | Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
-
 _DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
@@ -31,7 +29,7 @@ _DTYPES = {
 }
 
 
-def load_model(name: str | Path, *, dtype: Dtype = "auto", device: str | torch.device = "auto") -> Decoder:
+def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Decoder:
     """The decoder that `name` stands for, with its weights, ready to generate.
 
     Args:
@@ -44,8 +42,8 @@ def load_model(name: str | Path, *, dtype: Dtype = "auto", device: str | torch.d
         UnsupportedModelError, ConfigError: when it is not something that minillm runs.
         CheckpointError: when weights are missing, unexpected, of a wrong shape, truncated or refused.
     """
+    place = resolve_device(device)
     path = resolve(name)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if path.suffix == ".gguf":
         family, config = gguf_config(path)
         names = gguf_names(path, family, config.num_layers)
@@ -75,7 +73,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def resolve_dtype(asked: Dtype, published: str, device: torch.device) -> torch.dtype:
+def resolve_device(asked: str | torch.device) -> torch.device:
+    """The device to compute on; "auto" takes CUDA when there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(asked)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def resolve_dtype(asked: str | torch.dtype, published: str, device: torch.device) -> torch.dtype:
     """The dtype to compute in.
 
     "auto" is half precision where the device has fast arithmetic for it: on CUDA the published one (bfloat16 for

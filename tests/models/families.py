@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
@@ -79,7 +80,7 @@ def write_chatglm(model: nn.Module, folder: Path) -> None:
         for end in ("weight", "bias"):
             base = f"transformer.encoder.layers.{layer}.self_attention."
             parts = [weights.pop(f"{base}{part}_proj.{end}") for part in "qkv"]
-            weights[f"{base}query_key_value.{end}"] = __import__("torch").cat(parts)
+            weights[f"{base}query_key_value.{end}"] = torch.cat(parts)
     weights["transformer.rotary_pos_emb.inv_freq"] = weights["transformer.encoder.final_layernorm.weight"][:2].clone()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     published = {
@@ -161,9 +162,7 @@ FAMILIES: dict[str, Callable[[Path], nn.Module]] = {
         T.Gemma3ForCausalLM,
     ),
     "gemma3 (soft-capped logits)": _hf(
-        lambda: T.Gemma3TextConfig(
-            **SMALL, head_dim=8, sliding_window=8, final_logit_softcapping=20.0
-        ),
+        lambda: T.Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=8, final_logit_softcapping=20.0),
         T.Gemma3ForCausalLM,
     ),
 }
