@@ -6,8 +6,9 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,45 @@ import torch
 from torch import Tensor
 
 from minillm.errors import CheckpointError, ConfigError
-from minillm.models.family import Family, Json
+from minillm.models.family import Family, Json, need
 from minillm.models.registry import gguf_family
 from minillm.transformer.decoder import DecoderConfig, LayerConfig
-from minillm.transformer.positions import FrequencyFactors, RotaryConfig
+from minillm.transformer.positions import FrequencyFactors, RotaryConfig, yarn_mscale
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Where Llama 3's frequency scaling is stored, worked out."""
 
+_NAMES = {
+    "embedding": "token_embd",
+    "position_embedding": "position_embd",
+    "layers.*.attention_norm.norm": "blk.*.attn_norm",
+    "layers.*.attention.qkv": "blk.*.attn_qkv",
+    "layers.*.attention.qkv[q]": "blk.*.attn_q",
+    "layers.*.attention.qkv[k]": "blk.*.attn_k",
+    "layers.*.attention.qkv[v]": "blk.*.attn_v",
+    "layers.*.attention.q_norm": "blk.*.attn_q_norm",
+    "layers.*.attention.k_norm": "blk.*.attn_k_norm",
+    "layers.*.attention.out": "blk.*.attn_output",
+    "layers.*.attention_norm.out_norm": "blk.*.post_attention_norm",
+    "layers.*.feed_forward_norm.norm": "blk.*.ffn_norm",
+    "layers.*.feed_forward.up": "blk.*.ffn_up",
+    "layers.*.feed_forward.gate_up": "blk.*.ffn_up",
+    "layers.*.feed_forward.gate_up[gate]": "blk.*.ffn_gate",
+    "layers.*.feed_forward.gate_up[up]": "blk.*.ffn_up",
+    "layers.*.feed_forward.down": "blk.*.ffn_down",
+    "layers.*.feed_forward_norm.out_norm": "blk.*.post_ffw_norm",
+    "final_norm": "output_norm",
+    "head": "output",
+}
+"""Our module name → GGUF's, for every architecture."""
+
 
 class _Reader(gguf.GGUFReader):
-    """The library's reader over a plain array: its header parsing is four times slower over a `numpy.memmap`."""
+    """The library's reader, faster and sure of its bounds.
+
+    Its header parsing is four times slower over a `numpy.memmap` than over a plain array; and past the end of a file
+    it reads nothing without a word, so that a damaged length would send it looping.
+    """
 
     @property
     def data(self) -> Any:
@@ -38,8 +67,13 @@ class _Reader(gguf.GGUFReader):
     def data(self, mapped: Any) -> None:
         self._data = np.asarray(mapped)
 
+    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) != count:
+            raise ValueError(f"at byte {offset}, more is announced than the file's {len(self._data)} bytes hold")
+        return found
 
-@lru_cache(maxsize=2)
+
 def open_gguf(path: Path) -> gguf.GGUFReader:
     """Map a GGUF file.
 
@@ -47,13 +81,23 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
         CheckpointError: truncated, split over several files, or not GGUF.
     """
     try:
-        reader = _Reader(path)
-        end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
-    except (ValueError, OSError, IndexError, KeyError, OverflowError) as error:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return _open(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=2)
+def _open(path: Path, changed: int, size: int) -> gguf.GGUFReader:
+    """Kept open while the file stays as it is: the header of a large vocabulary takes seconds to read."""
+    try:
+        with np.errstate(over="ignore"):
+            reader = _Reader(path)
+    except (ValueError, OSError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path} cannot be read; truncated, or not GGUF: {error}") from error
-    if end > path.stat().st_size:
-        raise CheckpointError(f"{path} is truncated: its tensors end at byte {end}, the file at {path.stat().st_size}")
-    if _value(reader, "split.count", 1) > 1:
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{path} was written for machines of the other byte order: convert it again")
+    if _value(reader, "split.count", 1) not in (0, 1):
         raise CheckpointError(f"{path} is one part of a split file: merge the parts first (llama-gguf-split --merge)")
     return reader
 
@@ -61,42 +105,50 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
 def metadata(path: Path) -> dict[str, Any]:
     """Every key and value of the file's header."""
     reader = open_gguf(path)
-    return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    return {key: _value(reader, key) for key in reader.fields if not key.startswith("GGUF.")}
 
 
 def gguf_config(path: Path) -> tuple[Family, DecoderConfig]:
     """The family and the decoder configuration that a GGUF file describes."""
     reader = open_gguf(path)
-    architecture = _value(reader, "general.architecture", "not named")
-    family = gguf_family(architecture)
-    if _value(reader, f"{architecture}.expert_count", 0):
+    header = _Header(reader, str(_value(reader, "general.architecture", "not named")))
+    family = gguf_family(header.architecture)
+    if header.get("expert_count"):
         raise ConfigError(f"{path.name} is a mixture of experts, which minillm does not run")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{path} has no tensor token_embd.weight: not a language model, or damaged")
-    config = family.translate(_as_json(reader, architecture, tensors))
-    config = replace(config, norm_weight_offset=0.0)  # GGUF stores Gemma's norms as 1 + w already
-    if architecture == "llama":
-        # Llama's q and k are stored with each head's two halves interleaved: rotate neighbours instead.
-        config = _map_rotary(config, lambda rotary: replace(rotary, interleaved=True))
-    if ROPE_FACTORS in tensors:
-        factors = tuple(np.asarray(tensors[ROPE_FACTORS].data, dtype=np.float32).tolist())
-        config = _map_rotary(config, lambda rotary: replace(rotary, scaling=FrequencyFactors(factors)))
-    return family, config
+    config = replace(
+        family.translate(_as_json(header, tensors)),
+        norm_weight_offset=0.0,  # GGUF stores Gemma's norms as 1 + w already
+        qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        attention_out_bias="blk.0.attn_output.bias" in tensors,
+        feed_forward_bias="blk.0.ffn_up.bias" in tensors,
+    )
+    _check_size(path, config, tensors)
+    if "blk.0.attn_qkv.weight" in tensors:
+        family = _fused(family)
+    return family, _map_rotary(config, lambda rotary: _rotary(rotary, header, tensors))
 
 
 def gguf_names(path: Path, family: Family, num_layers: int) -> dict[str, str]:
-    """GGUF's name of each tensor → the published name without the family's prefix."""
-    architecture = _value(open_gguf(path), "general.architecture", "")
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    known = gguf.get_tensor_name_map(numbers[architecture], num_layers)
-    names = {}
-    for module, _, _ in family.expand(num_layers):
-        for published in (family.prefix + module, module):
-            base = known.get_name(published)
-            if base is not None:
-                names |= {f"{base}.{end}": f"{module}.{end}" for end in ("weight", "bias")}
-                break
+    """GGUF's name of each tensor → the published name without the family's prefix.
+
+    Raises:
+        CheckpointError: when the file lacks some of these tensors.
+    """
+    present = {tensor.name for tensor in open_gguf(path).tensors}
+    names: dict[str, str] = {}
+    missing = []
+    for published, ours in family.weights.items():
+        for number in map(str, range(num_layers) if "*" in published else (0,)):
+            base, module = _NAMES[ours].replace("*", number), published.replace("*", number)
+            names |= {f"{base}.{end}": f"{module}.{end}" for end in ("weight", "bias")}
+            if ours != "head" and f"{base}.weight" not in present:  # the head may be the embedding
+                missing.append(f"{base}.weight")
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"{path.name} lacks the tensors {', '.join(missing[:5])}{more}: damaged, or not whole")
     return names
 
 
@@ -127,70 +179,154 @@ def _dequantize(tensor: gguf.ReaderTensor) -> Tensor:
 
 def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
     field = reader.get_field(key)
-    return default if field is None else field.contents()
+    try:
+        return default if field is None else field.contents()
+    except (ValueError, LookupError) as error:
+        raise CheckpointError(f"the GGUF header's {key} cannot be read: {error}") from error
 
 
-def _map_rotary(config: DecoderConfig, change: Any) -> DecoderConfig:
+@dataclass(frozen=True)
+class _Header:
+    """The values under the architecture's name, checked: a damaged header must not ask for the impossible."""
+
+    reader: gguf.GGUFReader
+    architecture: str
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value as it stands; one for all layers where a list says the same for each."""
+        value = _value(self.reader, f"{self.architecture}.{key}", default)
+        return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
+
+    def count(self, key: str, default: int | None = None) -> Any:
+        """A whole number from 1."""
+        value = self.get(key, default)
+        if isinstance(value, list):
+            raise ConfigError(f"{self.architecture}.{key} differs from layer to layer, which is not implemented")
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise ConfigError(f"the GGUF header says {self.architecture}.{key}={value!r}; a number from 1 is expected")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A finite number above 0."""
+        value = self.get(key, default)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ConfigError(f"the GGUF header says {self.architecture}.{key}={value!r}; a number above 0 is expected")
+        return value
+
+
+def _as_json(header: _Header, tensors: Mapping[str, gguf.ReaderTensor]) -> Json:
+    """The header under the keys of config.json, so that one translation serves both."""
+    heads, hidden_size = header.count("attention.head_count"), header.count("embedding_length")
+    layers = header.count("block_count")
+    if not heads or not hidden_size or not layers:
+        raise ConfigError("the GGUF header lacks attention.head_count, embedding_length or block_count")
+    if layers > len(tensors):
+        raise CheckpointError(f"the GGUF header announces {layers} layers, the file holds {len(tensors)} tensors")
+    size = header.count("attention.key_length", hidden_size // heads)
+    config: dict[str, Any] = {
+        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": header.count("attention.head_count_kv", heads),
+        "head_dim": size,
+        "intermediate_size": header.count("feed_forward_length"),
+        "max_position_embeddings": header.count("context_length"),
+        "rms_norm_eps": header.number("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": header.number("rope.freq_base"),
+        "rope_scaling": _rope_scaling(header),
+        "final_logit_softcapping": header.number("final_logit_softcapping"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    if header.architecture == "gpt2":
+        config |= {
+            "n_embd": hidden_size,
+            "n_head": heads,
+            "n_layer": layers,
+            "n_positions": config["max_position_embeddings"],
+            "n_inner": config["intermediate_size"],
+            "layer_norm_epsilon": header.number("attention.layer_norm_epsilon", 1e-5),
+        }
+    if header.architecture == "gemma3":
+        # The query scale is not stored: 1/√head_dim, but for the 27B model (62 layers), as llama.cpp has it too.
+        config["query_pre_attn_scalar"] = hidden_size // heads if layers == 62 else size
+        config["rope_local_base_freq"] = header.number("rope.freq_base_swa", 10000.0)
+        config |= _windows(header, layers)
+    return config
+
+
+def _windows(header: _Header, layers: int) -> Json:
+    """Which of Gemma's layers look back over a window: none, where no window is said; all but each n-th; or a list."""
+    if not header.get("attention.sliding_window"):
+        return {"layer_types": ["full_attention"] * layers}
+    window, pattern = header.count("attention.sliding_window"), header.get("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        types = ["sliding_attention" if near else "full_attention" for near in pattern]
+        return {"sliding_window": window, "layer_types": types}
+    return {"sliding_window": window, "sliding_window_pattern": header.count("attention.sliding_window_pattern")}
+
+
+def _rope_scaling(header: _Header) -> Json | None:
+    """Positions stretched by a factor: linearly, where no type is said (the oldest files have another key, too)."""
+    factor = header.number("rope.scaling.factor", header.number("rope.scale_linear"))
+    kind = header.get("rope.scaling.type", "linear")
+    if kind == "none" or (kind == "linear" and factor is None):
+        return None
+    # config.json's attention factor, or llama.cpp's, which multiplies what YaRN's formula gives
+    attention, multiplier = header.number("rope.scaling.yarn_attn_factor"), header.number("rope.scaling.attn_factor")
+    if kind == "yarn" and attention is None and multiplier is not None:
+        attention = multiplier * yarn_mscale(need({"rope.scaling.factor": factor}, "rope.scaling.factor"))
+    return {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": header.count("rope.scaling.original_context_length"),
+        "attention_factor": attention,
+        "beta_fast": header.number("rope.scaling.yarn_beta_fast"),
+        "beta_slow": header.number("rope.scaling.yarn_beta_slow"),
+    }
+
+
+def _check_size(path: Path, config: DecoderConfig, tensors: Mapping[str, gguf.ReaderTensor]) -> None:
+    """Raise, before memory is asked for, when the header describes a far larger model than the file holds."""
+    heads = 2 * (config.num_heads + config.num_kv_heads)
+    layer = config.hidden_size * (heads * config.head_dim + 2 * config.intermediate_size)
+    positions = config.max_position_embeddings * config.hidden_size if config.positions == "learned" else 0
+    described = config.num_layers * layer + config.vocab_size * config.hidden_size + positions
+    held = sum(int(tensor.n_elements) for tensor in tensors.values())
+    if described > 2 * held:
+        raise CheckpointError(
+            f"{path.name} describes a model of {described:,} parameters and holds tensors for {held:,}: damaged, or "
+            "not whole"
+        )
+
+
+def _fused(family: Family) -> Family:
+    """The family with q, k and v in one tensor, which every architecture may have."""
+    rest = {name: ours for name, ours in family.weights.items() if not ours.startswith("layers.*.attention.qkv")}
+    return replace(family, weights=rest | {"blk.*.attn_qkv": "layers.*.attention.qkv"})
+
+
+def _map_rotary(config: DecoderConfig, change: Callable[[RotaryConfig], RotaryConfig]) -> DecoderConfig:
     def changed(layer: LayerConfig) -> LayerConfig:
         return layer if layer.rotary is None else replace(layer, rotary=change(layer.rotary))
 
     return replace(config, layers=tuple(changed(layer) for layer in config.layers))
 
 
-def _as_json(reader: gguf.GGUFReader, architecture: str, tensors: Mapping[str, gguf.ReaderTensor]) -> Json:
-    """The header under the keys of config.json, so that one translation serves both."""
-
-    def get(key: str, default: Any = None) -> Any:
-        return _value(reader, f"{architecture}.{key}", default)
-
-    heads, hidden_size = get("attention.head_count"), get("embedding_length")
-    if not heads or not hidden_size:
-        raise ConfigError("the GGUF header lacks attention.head_count or embedding_length")
-    if not isinstance(heads, int):
-        raise ConfigError("layers with different numbers of heads are not implemented")
-    size = get("attention.key_length") or hidden_size // heads
-    config: dict[str, Any] = {
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "hidden_size": hidden_size,
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": size,
-        "intermediate_size": get("feed_forward_length"),
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
-        "partial_rotary_factor": get("rope.dimension_count", size) / size,
-        "rope_theta": get("rope.freq_base"),
-        "rope_scaling": _rope_scaling(get),
-        "sliding_window": get("attention.sliding_window"),
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "final_logit_softcapping": get("final_logit_softcapping"),
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    if architecture == "gpt2":
-        config |= {
-            "n_embd": hidden_size,
-            "n_head": heads,
-            "n_layer": get("block_count"),
-            "n_positions": get("context_length"),
-            "n_inner": get("feed_forward_length"),
-            "layer_norm_epsilon": get("attention.layer_norm_epsilon", 1e-5),
-        }
-    if architecture == "gemma3":
-        # The query scale is not stored: 1/√head_dim, but for the 27B model (62 layers), as llama.cpp has it too.
-        config["query_pre_attn_scalar"] = hidden_size // heads if get("block_count") == 62 else size
-        config["sliding_window_pattern"] = get("attention.sliding_window_pattern")
-        config["rope_local_base_freq"] = get("rope.freq_base_swa", 10000.0)
-    return config
-
-
-def _rope_scaling(get: Any) -> Json | None:
-    kind = get("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    return {
-        "rope_type": kind,
-        "factor": get("rope.scaling.factor"),
-        "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-        "attention_factor": get("rope.scaling.attn_factor"),
-    }
+def _rotary(rotary: RotaryConfig, header: _Header, tensors: Mapping[str, gguf.ReaderTensor]) -> RotaryConfig:
+    """What GGUF says of rotary positions in its own way."""
+    rotary = replace(rotary, dim=header.count("rope.dimension_count", rotary.dim))
+    if header.architecture == "llama":
+        # Llama's q and k are stored with each head's two halves interleaved: rotate neighbours instead.
+        rotary = replace(rotary, interleaved=True)
+    if header.architecture == "glm4" and header.get("rope.dimension_sections"):
+        # The text half of GLM-4's vision models, stored the other way round.
+        rotary = replace(rotary, interleaved=False)
+    if ROPE_FACTORS not in tensors:
+        return rotary
+    factors = tuple(np.asarray(tensors[ROPE_FACTORS].data, dtype=np.float32).flatten().tolist())
+    if len(factors) != rotary.dim // 2:
+        raise CheckpointError(f"{ROPE_FACTORS} holds {len(factors)} factors for {rotary.dim // 2} pairs of channels")
+    if rotary.scaling is not None:
+        raise ConfigError(f"rope.scaling together with {ROPE_FACTORS} is not implemented")
+    return replace(rotary, scaling=FrequencyFactors(factors))

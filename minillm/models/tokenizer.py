@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minillm.errors import TokenizerError
+from minillm.errors import ConfigError, TokenizerError
 from minillm.models.gguf import metadata
 from minillm.models.source import resolve
 from minillm.tokenizers.gguf import gguf_tokenizer
 from minillm.tokenizers.tiktoken import glm4_tokenizer, is_tiktoken
 
-logger = logging.getLogger(__name__)
+NEEDED_LIBRARIES = " (a SentencePiece model without a tokenizer.json needs: pip install sentencepiece protobuf)"
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
+"""What ends an answer in GGUF files that do not say so: ChatML's, Llama 3's and Gemma's, as llama.cpp finds them."""
 
 
 def get_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -41,20 +42,38 @@ def get_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare exceptions of many kinds
-        raise TokenizerError(f"the tokenizer in {path} cannot be read: {error}") from error
+        hint = "" if (path / "tokenizer.json").exists() or not pieces.exists() else NEEDED_LIBRARIES
+        raise TokenizerError(f"the tokenizer in {path} cannot be read: {error}{hint}") from error
     return tokenizer
 
 
 def stop_token_ids(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's, generation_config.json's and config.json's ``eos_token_id``."""
+    """The tokens that end an answer: the tokenizer's, generation_config.json's and config.json's ``eos_token_id``.
+
+    Raises:
+        ConfigError: for one of these files that cannot be read.
+    """
     path = resolve(name)
     found = {tokenizer.eos_token_id}
     if path.suffix == ".gguf":
-        header = metadata(path)
+        header, added = metadata(path), tokenizer.get_added_vocab()
         found |= {header.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")}
+        found |= {added.get(content) for content in END_OF_TURN}
     else:
         for file in ("generation_config.json", "config.json"):
-            said: Any = json.loads((path / file).read_text("utf-8")) if (path / file).exists() else {}
-            eos = said.get("eos_token_id")
+            eos = _read_json(path / file).get("eos_token_id")
             found |= set(eos) if isinstance(eos, list) else {eos}
     return frozenset(token for token in found if token is not None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's object; nothing, where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} does not hold an object")
+    return content

@@ -26,16 +26,20 @@ PRE_TOKENIZERS: dict[str, pre_tokenizers.PreTokenizer] = {
     "gpt-2": _GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
     "qwen2": _split(DIGITS_ALONE),
+    "deepseek-r1-qwen": _split(DIGITS_ALONE),
     "llama-bpe": _split(DIGITS_BY_THREE),
     "glm4": _split(DIGITS_BY_THREE),
     "chatglm-bpe": _split(DIGITS_BY_THREE),
 }
 """llama.cpp's names of the pre-tokenizers (GGUF's ``tokenizer.ggml.pre``) of the families that minillm runs."""
 
+_WHOLE_WORDS = ("llama-bpe", "glm4", "chatglm-bpe")
+"""Of these, the ones made for tiktoken, which looks for the whole word among the pieces before it merges any."""
+
 
 def byte_level_bpe(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], pre_tokenizer: str) -> Tokenizer:
     """Byte-pair encoding over the 256 bytes written as letters (Radford et al. 2019, §2.2)."""
-    model = models.BPE(dict(vocab), list(merges), ignore_merges=pre_tokenizer == "llama-bpe")
+    model = models.BPE(dict(vocab), list(merges), ignore_merges=pre_tokenizer in _WHOLE_WORDS)
     tokenizer = Tokenizer(model)
     if pre_tokenizer == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

@@ -36,6 +36,9 @@ GLM4_SPECIAL = (
 )
 """In the order of their ids, which start after the last piece (151329 in the published file)."""
 
+_PREFIX = ("[gMASK]", "<sop>")
+_END = "<|endoftext|>"
+
 GLM4_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>{{ message['metadata'] or '' }}\n"
     "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -79,32 +82,31 @@ def glm4_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     Every encoded text starts with ``[gMASK]<sop>``, as the published class does it.
     """
     letters = _byte_letters()
-    ranks = {"".join(letters[byte] for byte in piece): rank for piece, rank in _by_rank(folder).items()}
+    by_bytes = read_ranks(folder / "tokenizer.model")
+    ranks = {"".join(letters[byte] for byte in piece): rank for piece, rank in by_bytes.items()}
     tokenizer = byte_level_bpe(ranks, merges_by_rank(ranks), "glm4")
     config = _read_config(folder / "tokenizer_config.json")
     add_tokens(tokenizer, _special_tokens(config, len(ranks)), special=True)
-    add_template(tokenizer, ("[gMASK]", "<sop>"))
+    add_template(tokenizer, _PREFIX)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+        eos_token=_END,
+        pad_token=_END,
         padding_side="left",
         chat_template=config.get("chat_template", GLM4_TEMPLATE),
         clean_up_tokenization_spaces=False,
     )
 
 
-def _by_rank(folder: Path) -> dict[bytes, int]:
-    return read_ranks(folder / "tokenizer.model")
-
-
 def _read_config(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         return {}
     try:
-        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path} does not hold an object")
     return config
 
 
@@ -113,13 +115,21 @@ def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
     added = config.get("added_tokens_decoder")
     if not added:
         return list(GLM4_SPECIAL)
-    by_id = {int(number): token["content"] for number, token in added.items()}
+    try:
+        by_id = {int(number): str(token["content"]) for number, token in added.items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"tokenizer_config.json's added_tokens_decoder is not ids and tokens: {error!r}"
+        ) from error
     expected = list(range(first_id, first_id + len(by_id)))
     if sorted(by_id) != expected:
         raise TokenizerError(
             f"tokenizer_config.json gives special tokens the ids {sorted(by_id)}; after {first_id} pieces they are "
             f"{first_id} to {expected[-1]}"
         )
+    missing = [token for token in (*_PREFIX, _END) if token not in by_id.values()]
+    if missing:
+        raise TokenizerError(f"tokenizer_config.json has no {', '.join(missing)} among its added tokens")
     return [by_id[number] for number in expected]
 
 
