@@ -229,5 +229,5 @@ if tokens_that_fit is not None:
 # </details>
 #
 # ---
-# **Next:** `01_tokens_and_embeddings`, the first notebook of the next stage (to come): where tokens come from, and how a
-# number becomes a vector.
+# **Next:** `01_tokens_and_embeddings`, the first notebook of the next stage (to come): where tokens come from, and how
+# a number becomes a vector.
