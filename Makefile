@@ -3,6 +3,7 @@
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    PyTorch without CUDA: 200 MB instead of gigabytes on Linux
 PYTHON ?= python3
 TORCH_INDEX ?=
+export TORCH_INDEX
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -36,5 +37,6 @@ clean:
 .venv/%: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('minillm needs Python 3.11 or newer: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
+	@echo "installing; the first time, this takes some minutes"
 	$(PIP_INSTALL) -e '.[$*]'
 	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -99,9 +100,9 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a text, token by token as they come."""
+    prompt = _whole_characters(prompt)
     writer = Writer.load(model, dtype, device, max_tokens, _sampling(temperature, top_k, top_p, min_p, seed))
-    text_ids = writer.tokenizer(prompt).input_ids
-    for piece in writer.write(text_ids):
+    for piece in writer.write(writer.tokenizer(prompt).input_ids):
         _print(piece)
     _print("\n")
     if stats:
@@ -133,12 +134,12 @@ def chat(
     if quick is not None:
         _answer(writer, [*conversation, {"role": "user", "content": quick}], stats)
         return
-    notes.print(f"[bold]{model}[/bold]  ·  Ctrl-C stops an answer  ·  Ctrl-D or /exit ends")
+    notes.print(f"[bold]{escape(model)}[/bold]  ·  Ctrl-C stops an answer  ·  Ctrl-D or /exit ends")
     for message in _messages():
         conversation.append({"role": "user", "content": message})
         try:
             conversation.append({"role": "assistant", "content": _answer(writer, conversation, stats)})
-        except InvalidRequestError as error:
+        except MinillmError as error:
             conversation.pop()
             notes.print(escape(str(error)), style="red", soft_wrap=True)
 
@@ -192,7 +193,7 @@ class Writer:
             from minillm.models.source import resolve
             from minillm.models.tokenizer import get_tokenizer, stop_token_ids
         path = resolve(model)  # its own progress bars
-        with notes.status(f"loading {model}"):
+        with notes.status(f"loading {escape(model)}"):
             tokenizer = get_tokenizer(path)
             decoder = load_model(path, dtype=dtype, device=device)
             return cls(decoder, tokenizer, stop_token_ids(path, tokenizer), max_tokens, sampling)
@@ -210,6 +211,7 @@ class Writer:
         max_tokens = min(self.max_tokens, room)
         kv = ContiguousCache.for_decoder(self.decoder, 1, len(prompt) + max_tokens)
         self.prompt_tokens, self.new_tokens, self.kv_bytes = len(prompt), 0, kv.num_bytes
+        self.first_seconds = self.seconds = 0.0
         written: list[int] = []
         shown = 0
         start = time.perf_counter()
@@ -272,6 +274,8 @@ def _answer(writer: Writer, conversation: list[dict[str, str]], stats: bool) -> 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
     if not tokenizer.chat_template:
         raise TokenizerError("this model has no chat template: it continues text; use `minillm generate`")
+    for message in conversation:
+        _whole_characters(message["content"])
     try:
         ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template may raise what it likes
@@ -299,12 +303,24 @@ def _messages() -> Iterator[str]:
             yield message
 
 
+def _whole_characters(text: str) -> str:
+    """The text, if it is one: what a terminal could not decode arrives as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the text is not valid UTF-8 at character {error.start}") from error
+    return text
+
+
 def _print(text: str) -> None:
     print(text, end="", flush=True)
 
 
 def main() -> None:
     """Run the command line: an error is one sentence and exit status 1; its traceback is shown with --debug."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or pipe that has no such letter
     sys.exit(run(app))
 
 

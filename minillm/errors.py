@@ -39,6 +39,10 @@ class CacheFullError(MinillmError):
     """A sequence that outgrows the room its key/value store has reserved."""
 
 
+class OutOfMemoryError(MinillmError, MemoryError):
+    """Weights or a key/value store larger than the device's free memory."""
+
+
 class MissingExtraError(MinillmError, ImportError):
     """A feature whose optional dependency is not installed."""
 

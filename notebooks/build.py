@@ -11,6 +11,7 @@ widgets are numbered in the order in which they appear.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -49,7 +50,8 @@ def build(path: Path) -> Path:
     widgets = notebook["metadata"].get("widgets")
     notebook["metadata"] = metadata | ({"widgets": widgets} if widgets else {})
     target = HERE / f"{path.stem}.ipynb"
-    target.write_text(_number_widgets(nbformat.writes(notebook)) + "\n", encoding="utf-8")
+    text = _number_widgets(nbformat.writes(notebook), json.dumps(widgets))
+    target.write_text(text + "\n", encoding="utf-8", newline="\n")
     return target
 
 
@@ -70,11 +72,11 @@ def _essence(cell: dict[str, Any]) -> tuple[Any, ...]:
     return cell["id"], cell["cell_type"], cell["source"], cell["metadata"].get("tags")
 
 
-def _number_widgets(text: str) -> str:
-    """Widgets' random ids, numbered in the order of their appearance."""
-    found = dict.fromkeys(re.findall(r"\b[0-9a-f]{32}\b", text))
+def _number_widgets(text: str, widgets: str) -> str:
+    """Widgets' random ids, numbered in the order of their appearance; other numbers of their form stay."""
+    found = dict.fromkeys(re.findall(r"\b[0-9a-f]{32}\b", widgets))
     numbers = {name: f"{number:032x}" for number, name in enumerate(found)}
-    return re.sub(r"\b[0-9a-f]{32}\b", lambda match: numbers[match[0]], text)
+    return re.sub(r"\b[0-9a-f]{32}\b", lambda match: numbers.get(match[0], match[0]), text)
 
 
 def main() -> int:

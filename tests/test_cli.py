@@ -137,6 +137,7 @@ def test_a_message_that_does_not_fit_loses_nothing(folder):
         (["--temperature", "-1"], "temperature must be 0 (greedy)"),
         (["--dtype", "int4"], "dtype 'int4' is not one of auto, float32"),
         (["--device", "abacus"], "device 'abacus'"),
+        (["--seed", str(2**64)], "seed must be a number of 64 bits"),
         (["-m", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
     ],
 )
@@ -154,6 +155,16 @@ def test_debug_shows_the_traceback(folder):
         assert done.returncode == 1
         assert "Traceback" in done.stderr
         assert "top_p must be in" in done.stderr
+
+
+def test_text_that_no_terminal_can_decode_or_show(folder):
+    command = [sys.executable, "-m", "minillm", "generate", b"\xff", "-m", str(folder)]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert b"not valid UTF-8 at character 0" in done.stderr
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = run("generate", "\u4f60\u597d", "-m", folder, "--temperature", "1e-40", "--max-tokens", 40, env=latin)
+    assert done.returncode == 0, done.stderr
 
 
 def test_wrong_options_show_the_usage(folder):

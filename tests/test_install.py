@@ -29,7 +29,9 @@ except minillm.errors.MissingExtraError as error:
 
 
 def pip(python: Path, *arguments: str | Path) -> None:
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *map(str, arguments)]
+    index = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *index]
+    command += map(str, arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minillm.errors import CacheFullError, ConfigError, InvalidRequestError
+from minillm.errors import CacheFullError, ConfigError, InvalidRequestError, OutOfMemoryError
 from minillm.transformer.attention import attend, attention_mask
 from minillm.transformer.decoder import Decoder, DecoderConfig
 from minillm.transformer.kv import AttentionSpec, PaddedBatch
@@ -41,12 +41,20 @@ class ContiguousCache:
         if batch_size < 1 or max_len < 1:
             raise ConfigError(f"a cache needs at least one row and one token, not {batch_size} x {max_len}")
         self.specs = config.attention_specs
+        if not all(spec.causal for spec in self.specs):
+            raise ConfigError("a cache keeps what later tokens see of earlier ones: every layer must be causal")
         self.batch_size = batch_size
         self.max_len = max_len
         self.device = torch.device(device)
         shape = (batch_size, config.num_kv_heads, max_len, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.specs]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.specs]
+        try:
+            self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.specs]
+            self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.specs]
+        except RuntimeError as error:
+            size = batch_size * max_len * config.kv_bytes_per_token(dtype) / 2**30
+            raise OutOfMemoryError(
+                f"{size:.1f} GiB of keys and values do not fit on {device}: reserve fewer rows or a smaller max_len"
+            ) from error
         self._batch = PaddedBatch((), ())
         self._real: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._masks: dict[AttentionSpec, Bool[Tensor, "batch 1 queries keys"] | None] = {}

@@ -9,7 +9,9 @@ import json
 import math
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,27 @@ from torch import Tensor
 
 from minillm.errors import CheckpointError
 
-REMAP_BYTES = 64 * 2**20
-"""A memory-mapped file is mapped afresh after this much, so that pages already copied are given back."""
+BLOCK_ELEMENTS = 2**23
+"""Numbers that are read at a time: a larger tensor comes in blocks of rows, each from a mapping of its own, so that
+the pages that were copied are given back."""
 
 
-def iterate_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor on the CPU) of a model folder, safetensors preferred.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on the disk: its shape, and its rows in blocks, to be read in order."""
+
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[Tensor]]
+
+
+def row_ranges(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of each block of a tensor of at least one dimension."""
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def iterate_weights(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Every (published name, tensor) of a model folder, safetensors preferred.
 
     Raises:
         CheckpointError: no weights, a missing shard, a truncated file, or a pickle that asks for more than tensors.
@@ -64,31 +81,35 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        while names:
-            read = 0
-            with safe_open(path, framework="pt") as file:
-                while names and read < REMAP_BYTES:
-                    tensor = file.get_tensor(names[0])
-                    read += tensor.nbytes
-                    yield names.pop(0), tensor
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read; truncated, or not safetensors: {error}") from error
+    for name, shape in shapes.items():
+        yield name, StoredTensor(shape, partial(_safetensors_blocks, path, name, shape))
 
 
-def _read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _safetensors_blocks(path: Path, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    for rows in row_ranges(shape) if shape else (None,):
+        with safe_open(path, framework="pt") as file:
+            yield file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+
+def _read_bin(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     """A pickled state dict through PyTorch's restricted unpickler: tensors and plain containers, nothing else."""
-    names = [name for name, value in load_pickle(path).items() if isinstance(value, Tensor)]
-    slice_bytes = REMAP_BYTES if _is_zip(path) else math.inf  # what cannot be mapped is read once, whole
-    while names:
-        state, read = load_pickle(path), 0
-        while names and read < slice_bytes:
-            tensor = state.pop(names[0])
-            read += tensor.nbytes
-            yield names.pop(0), tensor
+    state = load_pickle(path)
+    shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+    if _is_zip(path):
+        state = {}  # mapped afresh for every block; what cannot be mapped is read once, whole
+    for name, shape in shapes.items():
+        yield name, StoredTensor(shape, partial(_bin_blocks, path, state, name, shape))
+
+
+def _bin_blocks(path: Path, state: dict[str, Any], name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    for rows in row_ranges(shape) if shape else (...,):
+        yield (state or load_pickle(path))[name][rows]
 
 
 def load_pickle(path: Path) -> dict[str, Any]:

@@ -144,9 +144,12 @@ def rotary(
         partial: share of each head that is rotated when the config says none.
         layer_type: which of the entries, where they differ by layer type (Gemma 3).
     """
-    rope: Json = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope: dict[str, Any] = dict(config.get("rope_parameters") or {})
     if layer_type is not None and layer_type in rope:
-        rope = rope[layer_type] or {}
+        rope = dict(rope[layer_type] or {})
+    if layer_type != "sliding_attention":  # as in transformers, rope_scaling wins where both are there
+        scaling = dict(config.get("rope_scaling") or {})
+        rope |= scaling | ({"rope_type": scaling["type"]} if "type" in scaling else {})
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial
     return RotaryConfig(
         dim=int(head_dim(config, default_head_dim) * share),
@@ -157,7 +160,7 @@ def rotary(
 
 
 def _scaling(rope: Json, config: Json) -> RotaryScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type") or "default"
     original = int(rope.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0)
     match kind:
         case "default":
@@ -228,7 +231,7 @@ def llama_like(config: Json, *, layers: tuple[LayerConfig, ...], **different: An
         "qkv_bias": bool(config.get("attention_bias", False)),
         "attention_out_bias": bool(config.get("attention_bias", False)),
         "activation": activation(config, "hidden_act", "silu"),
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "norm_eps": float(config.get("rms_norm_eps") or 1e-6),
         "tied_head": bool(config.get("tie_word_embeddings", False)),
     }
     return DecoderConfig(**(common | different))

@@ -7,9 +7,10 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minillm.errors import CheckpointError, ConfigError
+from minillm.models.checkpoint import StoredTensor, row_ranges
 from minillm.models.family import Family, Json, need
 from minillm.models.registry import gguf_family
 from minillm.transformer.decoder import DecoderConfig, LayerConfig
@@ -65,7 +67,13 @@ class _Reader(gguf.GGUFReader):
 
     @data.setter
     def data(self, mapped: Any) -> None:
+        self._mapped = mapped
         self._data = np.asarray(mapped)
+
+    def give_back(self) -> None:
+        """Forget the pages read so far; they are read again when they are needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         found = super()._get(offset, dtype, count, override_order)
@@ -74,7 +82,7 @@ class _Reader(gguf.GGUFReader):
         return found
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
+def open_gguf(path: Path) -> _Reader:
     """Map a GGUF file.
 
     Raises:
@@ -88,7 +96,7 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
 
 
 @lru_cache(maxsize=2)
-def _open(path: Path, changed: int, size: int) -> gguf.GGUFReader:
+def _open(path: Path, changed: int, size: int) -> _Reader:
     """Kept open while the file stays as it is: the header of a large vocabulary takes seconds to read."""
     try:
         with np.errstate(over="ignore"):
@@ -152,29 +160,38 @@ def gguf_names(path: Path, family: Family, num_layers: int) -> dict[str, str]:
     return names
 
 
-def iterate_gguf(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (GGUF name, dequantised tensor); bf16 and fp16 as they are, the rest as fp32.
+def iterate_gguf(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Every (GGUF name, tensor), dequantised as it is read; bf16 and fp16 as they are, the rest as fp32.
 
-    Raises:
+    Raises (from the blocks):
         CheckpointError: for a type that the ``gguf`` library cannot dequantise.
     """
-    for tensor in open_gguf(path).tensors:
+    reader = open_gguf(path)
+    for tensor in reader.tensors:
         if tensor.name != ROPE_FACTORS:
-            yield tensor.name, _dequantize(tensor)
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            yield tensor.name, StoredTensor(shape, partial(_gguf_blocks, reader, tensor, shape))
 
 
-def _dequantize(tensor: gguf.ReaderTensor) -> Tensor:
-    shape = tuple(int(size) for size in reversed(tensor.shape))
+def _gguf_blocks(reader: _Reader, tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    whole = len(shape) < 2  # quantised rows are wholes, a vector may be one of them
+    for rows in (slice(None),) if whole else row_ranges(shape):
+        yield _dequantize(tensor, tensor.data[rows]).view(-1, *shape[1:])
+        reader.give_back()
+
+
+def _dequantize(tensor: gguf.ReaderTensor, data: Any) -> Tensor:
     kind = gguf.GGMLQuantizationType
     if tensor.tensor_type == kind.F16:
-        return torch.from_numpy(np.array(tensor.data)).view(shape)
+        return torch.from_numpy(np.array(data))
     if tensor.tensor_type == kind.BF16:
-        return torch.from_numpy(np.array(tensor.data)).view(torch.bfloat16).view(shape)
+        return torch.from_numpy(np.array(data)).view(torch.bfloat16)
     try:
-        data = gguf.dequantize(tensor.data, tensor.tensor_type)
+        numbers = gguf.dequantize(data, tensor.tensor_type)
     except (NotImplementedError, gguf.quants.QuantError) as error:
         raise CheckpointError(f"tensor {tensor.name} is of type {tensor.tensor_type.name}: {error}") from error
-    return torch.from_numpy(np.array(data, dtype=np.float32)).view(shape)
+    copied = numbers if numbers.flags.writeable and numbers.dtype == np.float32 else np.array(numbers, np.float32)
+    return torch.from_numpy(copied)
 
 
 def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:

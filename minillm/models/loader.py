@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillm.errors import CheckpointError, ConfigError
-from minillm.models.checkpoint import iterate_weights
-from minillm.models.family import Family
+from minillm.errors import CheckpointError, ConfigError, MinillmError, OutOfMemoryError
+from minillm.models.checkpoint import StoredTensor, iterate_weights
+from minillm.models.family import Family, Json
 from minillm.models.gguf import gguf_config, gguf_names, iterate_gguf
 from minillm.models.registry import family_of
 from minillm.models.source import resolve
@@ -52,9 +52,9 @@ def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto", device: s
         load_weights(decoder, _stored_untransposed(family), tensors)
     else:
         raw = read_config(path)
-        family = family_of(raw)
+        family, config = translate(raw)
         published = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        decoder = empty_decoder(family.translate(raw), resolve_dtype(dtype, published, place), place)
+        decoder = empty_decoder(config, resolve_dtype(dtype, published, place), place)
         load_weights(decoder, family, iterate_weights(path))
     return decoder.eval()
 
@@ -73,6 +73,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def translate(raw: Json) -> tuple[Family, DecoderConfig]:
+    """The family and the decoder configuration that a config.json describes.
+
+    Raises:
+        UnsupportedModelError: an architecture that is not known.
+        ConfigError: weights in a quantised form that is not read, an option that is not implemented, or damage.
+    """
+    family = family_of(raw)
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        raise ConfigError(f"the weights are quantised ({method}), which is not read: use the original model or a GGUF")
+    try:
+        return family, family.translate(raw)
+    except MinillmError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"config.json holds a value that makes no sense: {error}") from error
+
+
 def resolve_device(asked: str | torch.device) -> torch.device:
     """The device to compute on; "auto" takes CUDA when there is one.
 
@@ -85,16 +104,20 @@ def resolve_device(asked: str | torch.device) -> torch.device:
         device = torch.device(asked)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {str(asked)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ConfigError(f"device {str(asked)!r} cannot be used here: {reason}") from error
+    if device.type == "meta":
+        raise ConfigError("device 'meta' computes nothing: choose cpu or cuda")
     return device
 
 
 def resolve_dtype(asked: str | torch.dtype, published: str, device: torch.device) -> torch.dtype:
     """The dtype to compute in.
 
-    "auto" is half precision where the device has fast arithmetic for it: on CUDA the published one (bfloat16 for
-    float32 checkpoints), on a CPU bfloat16 if it has instructions for it, else float32. float16 asked for on a CPU
-    becomes what "auto" would be there, with a warning: CPUs have no fast float16 products.
+    "auto" is half precision where the device has fast arithmetic for it: on CUDA the published one (for float32
+    checkpoints bfloat16; float16 where the card has no bfloat16), on a CPU bfloat16 if it has instructions for it, else
+    float32. float16 asked for on a CPU becomes what "auto" would be there, with a warning: CPUs have no fast float16
+    products.
     """
     if isinstance(asked, str) and asked not in ("auto", *_DTYPES):
         raise ConfigError(f"dtype {asked!r} is not one of auto, {', '.join(_DTYPES)}")
@@ -109,7 +132,9 @@ def resolve_dtype(asked: str | torch.dtype, published: str, device: torch.device
     if dtype is not None:
         return dtype
     half = _DTYPES.get(published, torch.float32)
-    return torch.bfloat16 if half is torch.float32 else half
+    if half is torch.float16 or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
 
 
 def cpu_has_bfloat16() -> bool:
@@ -126,10 +151,15 @@ def empty_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.devic
     """A decoder whose parameters are allocated and not yet filled."""
     with torch.device("meta"):
         decoder = Decoder(config)
-    # Not to_empty(): from the meta device it imports a second of PyTorch's compiler.
-    empty = {
-        name: torch.empty(tensor.shape, dtype=dtype, device=device) for name, tensor in decoder.state_dict().items()
-    }
+    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    try:
+        # Not to_empty(): from the meta device it imports a second of PyTorch's compiler.
+        empty = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    except RuntimeError as error:
+        size = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize / 2**30
+        raise OutOfMemoryError(
+            f"{size:.1f} GiB of weights in {dtype} do not fit on {device}: choose a smaller model, or half precision"
+        ) from error
     decoder.load_state_dict(empty, assign=True)
     return decoder
 
@@ -148,7 +178,7 @@ class _Slot:
     filled: bool = False
 
 
-def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, Tensor]]) -> None:
+def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, StoredTensor]]) -> None:
     """Copy each tensor into the parameter, or part of a packed one, that the family's table names.
 
     Raises:
@@ -156,13 +186,15 @@ def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, 
     """
     slots = _slots(decoder, family)
     unexpected = []
+    tied_head: StoredTensor | None = None
     with torch.no_grad():
         for published, tensor in tensors:
             name = family.strip_prefix(published)
-            slot = slots.get(name)
-            if slot is not None:
-                _fill(slot, published, tensor)
-            elif not (family.ignores(name) or _is_tied_head(decoder, name, family)):
+            if name in slots:
+                _fill(slots[name], published, tensor)
+            elif decoder.head is None and family.weights.get(name.removesuffix(".weight")) == "head":
+                tied_head = tensor
+            elif not family.ignores(name):
                 unexpected.append(published)
     missing = [name for name, slot in slots.items() if not slot.filled]
     if missing or unexpected:
@@ -172,17 +204,33 @@ def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, 
         raise CheckpointError(
             f"the checkpoint does not fit its config as {family.architectures[0]}: weights {'; '.join(problems)}"
         )
+    if tied_head is not None:
+        _check_tied(decoder.embedding.weight.data, tied_head)
 
 
-def _fill(slot: _Slot, name: str, tensor: Tensor) -> None:
-    if slot.transposed and tensor.ndim == 2:
-        tensor = tensor.T
-    if tensor.shape != slot.target.shape:
-        raise CheckpointError(
-            f"weight {name} has shape {list(tensor.shape)}; its config says {list(slot.target.shape)}"
-        )
-    slot.target.copy_(tensor)
+def _fill(slot: _Slot, name: str, tensor: StoredTensor) -> None:
+    target = slot.target.T if slot.transposed and slot.target.ndim == 2 else slot.target
+    if tensor.shape != target.shape:
+        raise CheckpointError(f"weight {name} has shape {list(tensor.shape)}; its config says {list(target.shape)}")
+    row = 0
+    for block in tensor.blocks():
+        target[row : row + len(block)].copy_(block)
+        row += len(block)
     slot.filled = True
+
+
+def _check_tied(embedding: Tensor, head: StoredTensor) -> None:
+    """Raise when a head that the config calls tied is stored and is not the embedding."""
+    row = 0
+    for block in head.blocks() if head.shape == embedding.shape else ():
+        if not torch.equal(embedding[row : row + len(block)], block.to(embedding)):
+            break
+        row += len(block)
+    if row != len(embedding):
+        raise CheckpointError(
+            "config.json ties the output head to the embedding, and the checkpoint holds a head that differs from it: "
+            'set "tie_word_embeddings": false in config.json to use the stored head'
+        )
 
 
 def _slots(decoder: Decoder, family: Family) -> dict[str, _Slot]:
@@ -212,12 +260,6 @@ def _part(packed: Tensor, part: str, config: DecoderConfig) -> Tensor:
         "up": (inner, inner),
     }
     return packed.narrow(0, *rows[part])
-
-
-def _is_tied_head(decoder: Decoder, name: str, family: Family) -> bool:
-    """A stored copy of the embedding, which the head reads anyway."""
-    heads = [published for published, ours in family.weights.items() if ours == "head"]
-    return decoder.head is None and name in [f"{head}.weight" for head in heads]
 
 
 def _some(names: list[str], count: int = 5) -> str:

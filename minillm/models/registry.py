@@ -17,6 +17,8 @@ FAMILIES = (GPT2, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, CHATGLM, GLM4_HF, GLM4_0414
 def family_of(config: Json) -> Family:
     """The family that a config.json belongs to, by its architecture, else by its model type."""
     architectures = config.get("architectures") or []
+    if isinstance(architectures, str):
+        architectures = [architectures]
     model_type = config.get("model_type")
     for family in FAMILIES:
         if set(architectures) & set(family.architectures):

@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from minillm.errors import CheckpointError, DownloadError, MissingExtraError, ModelNotFoundError
+from minillm.errors import CheckpointError, DownloadError, InvalidRequestError, MissingExtraError, ModelNotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ _SMALL_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+ANSWER_HOLDS_SECONDS = 30.0
+"""How long that answer is believed: a model, its tokenizer and its stop tokens are one question."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
@@ -82,7 +87,12 @@ def resolve(name: str | Path, *, local_dir: str | Path | None = None) -> Path:
         MissingExtraError: ModelScope is asked for and its library is not installed.
     """
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.exists() and local_dir is not None:
+        raise InvalidRequestError(f"{path} is already here: a folder to download to is for models that are not")
+    if path.is_dir():
+        ggufs = list(path.glob("*.gguf"))
+        return ggufs[0] if len(ggufs) == 1 and not (path / "config.json").exists() else path
+    if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_file():
         raise ModelNotFoundError(f"{path} is a file, but no .gguf: name the model's folder instead")
@@ -108,7 +118,7 @@ def needed_files(files: Iterable[str], name: str) -> list[str]:
     """
     files = [file for file in files if "/" not in file]
     quant = name.partition(":")[2]
-    ggufs = [file for file in files if file.endswith(".gguf")]
+    ggufs = [file for file in files if file.endswith(".gguf") and not file.startswith("mmproj")]
     if quant:
         chosen = [file for file in ggufs if quant.lower() in re.split(r"[.-]", file.lower())]
         if len(chosen) != 1:
@@ -154,6 +164,11 @@ def _hub_endpoint() -> str:
 
 def _outage() -> Exception | None:
     """Why the hub does not answer at all, or None when it does: its library would retry for half a minute."""
+    return _ask_hub(int(time.monotonic() // ANSWER_HOLDS_SECONDS))
+
+
+@lru_cache(maxsize=1)
+def _ask_hub(moment: int) -> Exception | None:
     from huggingface_hub import get_session
 
     try:

@@ -88,12 +88,13 @@ def glm4_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     config = _read_config(folder / "tokenizer_config.json")
     add_tokens(tokenizer, _special_tokens(config, len(ranks)), special=True)
     add_template(tokenizer, _PREFIX)
+    jinja = folder / "chat_template.jinja"
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=_END,
         pad_token=_END,
         padding_side="left",
-        chat_template=config.get("chat_template", GLM4_TEMPLATE),
+        chat_template=jinja.read_text("utf-8") if jinja.exists() else config.get("chat_template") or GLM4_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 

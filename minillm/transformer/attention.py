@@ -47,7 +47,7 @@ def dot_product_attention(
     scale = head_dim**-0.5 if scale is None else scale
 
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * queries, head_dim)
-    scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, queries, -1) * scale
+    scores = ((grouped * scale) @ k.transpose(-1, -2)).view(batch, heads, queries, -1)
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     if mask is not None:

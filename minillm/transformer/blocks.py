@@ -1,7 +1,7 @@
 """A Transformer block: two sublayers, each with a residual connection and norms before, after, or both.
 
 Sources: post-norm: Vaswani et al. 2017, §3.1; pre-norm: Xiong et al. 2020, "On Layer Normalization in the Transformer
-Architecture"; sandwich norm: Ding et al. 2021, "CogView", §2.3 (Gemma 3 and GLM-4-0414 use it).
+Architecture"; sandwich norm: Ding et al. 2021, "CogView", §2.4 (Gemma 3 and GLM-4-0414 use it).
 """
 
 from __future__ import annotations

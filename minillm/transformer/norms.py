@@ -49,7 +49,7 @@ def _cpu_kernel() -> ModuleType | None:
     """The Numba twin of `torch.nn.functional.rms_norm`, where it can be imported."""
     try:
         from minillm.kernels.cpu import rms_norm
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: Numba finds no folder for its compiled code
         warnings.warn(
             f"minillm.kernels cannot be imported ({error}): PyTorch's own operations do the work, more slowly; "
             "`minillm env` says how to mend it",

@@ -1,7 +1,7 @@
 """Where a token stands: sinusoidal, learned and rotary positions.
 
-Sources: Vaswani et al. 2017, §3.5 (sinusoidal); Su et al. 2021, "RoFormer", §3.4 (rotary); Chen et al. 2023,
-"Position Interpolation", §3.2 (linear scaling); Peng et al. 2023, "YaRN", §3; Llama 3 technical report, §3.4.2.
+Sources: Vaswani et al. 2017, §3.5 (sinusoidal); Su et al. 2021, "RoFormer", §3.2.2 (rotary); Chen et al. 2023,
+"Position Interpolation", §2.3 (linear scaling); Peng et al. 2023, "YaRN", §3; Meta's reference code of Llama 3.1.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class LearnedPositions(nn.Embedding):
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Positions divided by `factor` (Chen et al. 2023, §3.2)."""
+    """Positions divided by `factor` (Chen et al. 2023, §2.3)."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3 report, §3.4.2)."""
+    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1's reference code)."""
 
     factor: float
     original_max_position: int

@@ -1,6 +1,6 @@
 """From logits to a token: temperature, top-k, top-p and min-p as pure functions, and the draw.
 
-Sources: top-k: Fan et al. 2018, "Hierarchical Neural Story Generation", §5; top-p: Holtzman et al. 2019, "The Curious
+Sources: top-k: Fan et al. 2018, "Hierarchical Neural Story Generation", §5.4; top-p: Holtzman et al. 2019, "The Curious
 Case of Neural Text Degeneration", §3.1; min-p: Nguyen et al. 2024, "Turning Up the Heat", §3.
 """
 
@@ -74,6 +74,8 @@ class Sampling:
             raise InvalidRequestError(f"top_p must be in (0, 1], not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise InvalidRequestError(f"min_p must be in [0, 1], not {self.min_p}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InvalidRequestError(f"seed must be a number of 64 bits, not {self.seed}")
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A source of draws that starts at the seed."""
@@ -86,7 +88,8 @@ class Sampling:
 
     def transform(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
         """The logits to draw from, in vLLM's order: temperature, min-p, top-k, top-p."""
-        logits = apply_temperature(logits.float(), self.temperature)
+        logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no temperature is too small
+        logits = apply_temperature(logits, self.temperature)
         if self.min_p > 0:
             logits = keep_min_p(logits, self.min_p)
         if self.top_k > 0:

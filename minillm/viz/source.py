@@ -17,6 +17,6 @@ def show_source(thing: Callable[..., Any]) -> Markdown:
     """The real source of a function or class of the package, with its file and line."""
     inner = inspect.unwrap(thing)
     lines, first = inspect.getsourcelines(inner)
-    file = Path(inspect.getsourcefile(inner) or "").resolve().relative_to(Path(minillm.__file__).resolve().parent)
+    file = Path(inspect.getsourcefile(inner) or "").relative_to(Path(minillm.__file__).parent)
     code = textwrap.dedent("".join(lines))
     return Markdown(f"`minillm/{file.as_posix()}`, from line {first}:\n```python\n{code}```")

