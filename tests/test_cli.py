@@ -163,7 +163,8 @@ def test_text_that_no_terminal_can_decode_or_show(folder):
     assert done.returncode == 1
     assert b"not valid UTF-8 at character 0" in done.stderr
     latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    done = run("generate", "\u4f60\u597d", "-m", folder, "--temperature", "1e-40", "--max-tokens", 40, env=latin)
+    arguments = ["generate", "\u4f60\u597d", "-m", folder, "--temperature", "1e-40", "--max-tokens", 40]
+    done = run(*arguments, env=latin, encoding="latin-1")
     assert done.returncode == 0, done.stderr
 
 

@@ -513,7 +513,11 @@ def test_local_paths(tmp_path, monkeypatch):
     gguf, text = tmp_path / "m.gguf", tmp_path / "m.txt"
     gguf.touch()
     text.touch()
-    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    assert resolve(tmp_path) == resolve(str(tmp_path)) == gguf  # a folder that holds one GGUF and nothing else
+    (tmp_path / "config.json").touch()
+    assert resolve(tmp_path) == tmp_path
+    with pytest.raises(InvalidRequestError, match="already here"):
+        resolve(tmp_path, local_dir=tmp_path / "copy")
     assert resolve(gguf) == resolve(str(gguf)) == gguf
     with pytest.raises(ModelNotFoundError, match=r"m\.txt is a file, but no \.gguf"):
         resolve(text)
