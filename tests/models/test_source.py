@@ -19,7 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from minillm.errors import ModelNotFoundError
+from minillm.errors import InvalidRequestError, ModelNotFoundError
 from minillm.models.loader import load_model
 from minillm.models.source import cache_folder, is_complete, needed_files, resolve
 from tests.helpers import randomise, reference_logits
