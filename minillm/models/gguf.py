@@ -23,6 +23,7 @@ from minillm.errors import CheckpointError, ConfigError
 from minillm.models.checkpoint import StoredTensor, row_ranges
 from minillm.models.family import Family, Json, need
 from minillm.models.registry import gguf_family
+from minillm.text import some
 from minillm.transformer.decoder import DecoderConfig, LayerConfig
 from minillm.transformer.positions import FrequencyFactors, RotaryConfig, yarn_mscale
 
@@ -120,7 +121,7 @@ def gguf_config(path: Path) -> tuple[Family, DecoderConfig]:
     """The family and the decoder configuration that a GGUF file describes."""
     reader = open_gguf(path)
     header = _Header(reader, str(_value(reader, "general.architecture", "not named")))
-    family = gguf_family(header.architecture)
+    family = replace(gguf_family(header.architecture), transposed=frozenset())  # GGUF stores all as [out, in]
     if header.get("expert_count"):
         raise ConfigError(f"{path.name} is a mixture of experts, which minillm does not run")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -155,8 +156,7 @@ def gguf_names(path: Path, family: Family, num_layers: int) -> dict[str, str]:
             if ours != "head" and f"{base}.weight" not in present:  # the head may be the embedding
                 missing.append(f"{base}.weight")
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise CheckpointError(f"{path.name} lacks the tensors {', '.join(missing[:5])}{more}: damaged, or not whole")
+        raise CheckpointError(f"{path.name} lacks the tensors {some(missing)}: damaged, or not whole")
     return names
 
 

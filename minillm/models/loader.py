@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from minillm.models.family import Family, Json
 from minillm.models.gguf import gguf_config, gguf_names, iterate_gguf
 from minillm.models.registry import family_of
 from minillm.models.source import resolve
+from minillm.text import read_json, some
 from minillm.transformer.decoder import Decoder, DecoderConfig
 
 _DTYPES = {
@@ -49,7 +49,7 @@ def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto", device: s
         names = gguf_names(path, family, config.num_layers)
         decoder = empty_decoder(config, resolve_dtype(dtype, "float16", place), place)
         tensors = ((names.get(name, name), tensor) for name, tensor in iterate_gguf(path))
-        load_weights(decoder, _stored_untransposed(family), tensors)
+        load_weights(decoder, family, tensors)
     else:
         raw = read_config(path)
         family, config = translate(raw)
@@ -64,13 +64,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{folder} has no config.json: it is not a model folder, or its download was interrupted")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} does not hold an object")
-    return config
+    return read_json(path, ConfigError)
 
 
 def translate(raw: Json) -> tuple[Family, DecoderConfig]:
@@ -164,11 +158,6 @@ def empty_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.devic
     return decoder
 
 
-def _stored_untransposed(family: Family) -> Family:
-    """The family as GGUF stores it: every matrix as [out, in]."""
-    return replace(family, transposed=frozenset())
-
-
 @dataclass
 class _Slot:
     """Where one published tensor goes."""
@@ -199,7 +188,7 @@ def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, 
     missing = [name for name, slot in slots.items() if not slot.filled]
     if missing or unexpected:
         problems = [
-            f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+            f"{what} {some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
         ]
         raise CheckpointError(
             f"the checkpoint does not fit its config as {family.architectures[0]}: weights {'; '.join(problems)}"
@@ -260,11 +249,6 @@ def _part(packed: Tensor, part: str, config: DecoderConfig) -> Tensor:
         "up": (inner, inner),
     }
     return packed.narrow(0, *rows[part])
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minillm.errors import ConfigError, TokenizerError
 from minillm.models.gguf import metadata
 from minillm.models.source import resolve
+from minillm.text import read_json
 from minillm.tokenizers.gguf import gguf_tokenizer
 from minillm.tokenizers.tiktoken import glm4_tokenizer, is_tiktoken
 
@@ -61,19 +60,7 @@ def stop_token_ids(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> froz
         found |= {added.get(content) for content in END_OF_TURN}
     else:
         for file in ("generation_config.json", "config.json"):
-            eos = _read_json(path / file).get("eos_token_id")
+            said = read_json(path / file, ConfigError) if (path / file).exists() else {}
+            eos = said.get("eos_token_id")
             found |= set(eos) if isinstance(eos, list) else {eos}
     return frozenset(token for token in found if token is not None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A file's object; nothing, where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold an object")
-    return content

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minillm.errors import TokenizerError
+from minillm.text import read_json
 from minillm.tokenizers.building import add_template, add_tokens, byte_level_bpe, merges_by_rank
 
 GLM4_SPECIAL = (
@@ -85,7 +85,8 @@ def glm4_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     by_bytes = read_ranks(folder / "tokenizer.model")
     ranks = {"".join(letters[byte] for byte in piece): rank for piece, rank in by_bytes.items()}
     tokenizer = byte_level_bpe(ranks, merges_by_rank(ranks), "glm4")
-    config = _read_config(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, TokenizerError) if path.exists() else {}
     add_tokens(tokenizer, _special_tokens(config, len(ranks)), special=True)
     add_template(tokenizer, _PREFIX)
     jinja = folder / "chat_template.jinja"
@@ -97,18 +98,6 @@ def glm4_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         chat_template=jinja.read_text("utf-8") if jinja.exists() else config.get("chat_template") or GLM4_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{path} does not hold an object")
-    return config
 
 
 def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
