@@ -8,30 +8,29 @@ starting point of Kwon et al. 2023, "Efficient Memory Management for Large Langu
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minillm.errors import CacheFullError, ConfigError, InvalidRequestError, OutOfMemoryError
 from minillm.transformer.attention import attend, attention_mask
-from minillm.transformer.decoder import Decoder, DecoderConfig
-from minillm.transformer.kv import AttentionSpec, PaddedBatch
+from minillm.transformer.kv import AttentionSpec, CachedConfig, CachedModel, PaddedBatch
 
 
 class ContiguousCache:
     """Keys and values as ``[batch, kv_heads, max_len, head_dim]`` a layer; a token's slot is its position.
 
     Args:
-        config: of the decoder that will use it.
+        config: of the model that will use it.
         batch_size: rows.
         max_len: tokens reserved for each row.
-        dtype: of keys and values; the decoder's.
+        dtype: of keys and values; the model's.
     """
 
     remembers = True
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: CachedConfig,
         batch_size: int,
         max_len: int,
         *,
@@ -60,7 +59,7 @@ class ContiguousCache:
         self._masks: dict[AttentionSpec, Bool[Tensor, "batch 1 queries keys"] | None] = {}
 
     @classmethod
-    def for_decoder(cls, decoder: Decoder, batch_size: int = 1, max_len: int | None = None) -> ContiguousCache:
+    def for_decoder(cls, decoder: CachedModel, batch_size: int = 1, max_len: int | None = None) -> ContiguousCache:
         """A store that fits `decoder`: its dtype, its device, by default its whole context."""
         config = decoder.config
         max_len = config.max_position_embeddings if max_len is None else max_len
@@ -82,6 +81,20 @@ class ContiguousCache:
         self._batch = batch
         self._masks = {}
         self._real = self._real_tokens(batch) if self._scattered(batch) else None
+
+    def reorder(self, rows: Int[Tensor, "rows"]) -> None:
+        """Row i goes on from a copy of row ``rows[i]``: beams that share a beginning.
+
+        Raises:
+            InvalidRequestError: when `rows` does not name one row for each.
+        """
+        if len(rows) != self.batch_size:
+            raise InvalidRequestError(
+                f"say for each of the {self.batch_size} rows which one it copies: got {len(rows)}"
+            )
+        end = self._batch.end if self._batch.starts else 0
+        for store in (*self.k, *self.v):
+            store[:, :, :end] = store[rows, :, :end]
 
     def attend(
         self,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minillm.errors import ConfigError, InvalidRequestError
-from minillm.transformer.blocks import DecoderBlock, NormPlacement
+from minillm.transformer.blocks import NormPlacement, TransformerBlock
 from minillm.transformer.feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
 from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch
 from minillm.transformer.multi_head import MultiHeadAttention
@@ -229,7 +229,7 @@ def _make_norm(config: DecoderConfig) -> nn.Module:
     return RMSNorm(config.hidden_size, config.norm_eps, config.norm_weight_offset)
 
 
-def _make_block(config: DecoderConfig, number: int) -> DecoderBlock:
+def _make_block(config: DecoderConfig, number: int) -> TransformerBlock:
     attention = MultiHeadAttention(
         config.hidden_size,
         config.num_heads,
@@ -245,4 +245,4 @@ def _make_block(config: DecoderConfig, number: int) -> DecoderBlock:
     feed_forward = make_feed_forward(
         config.hidden_size, config.intermediate_size, config.activation, bias=config.feed_forward_bias
     )
-    return DecoderBlock(attention, feed_forward, config.norm_placement, partial(_make_norm, config))
+    return TransformerBlock(attention, feed_forward, config.norm_placement, partial(_make_norm, config))

@@ -104,6 +104,47 @@ class KVStore(Protocol):
         """Save this call's k and v; attend q to everything that it may see."""
 
 
+@runtime_checkable
+class ReorderableStore(KVStore, Protocol):
+    """A store of rows that can be copied over one another, as the beams of beam search are."""
+
+    def reorder(self, rows: Int[Tensor, "rows"]) -> None:
+        """Row i goes on from what row ``rows[i]`` has kept."""
+
+
+@runtime_checkable
+class CachedConfig(Protocol):
+    """What a store that remembers must know of a model: the decoder-only and the encoder/decoder's both tell it."""
+
+    @property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int: ...
+
+
+@runtime_checkable
+class CachedModel(Protocol):
+    """A model that such a store can be made to fit."""
+
+    @property
+    def config(self) -> CachedConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 class NoCache:
     """The store that keeps nothing: plain attention over this call's tokens (notebook stage: attention).
 
@@ -122,6 +163,9 @@ class NoCache:
             raise InvalidRequestError("a store that keeps nothing needs whole sequences: every row starts at 0")
         self._batch = batch
         self._masks = {}
+
+    def reorder(self, rows: Int[Tensor, "rows"]) -> None:
+        """Nothing is kept, so there is nothing to reorder."""
 
     def attend(
         self,

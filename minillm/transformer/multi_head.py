@@ -1,10 +1,14 @@
-"""The multi-head attention layer (Vaswani et al. 2017, §3.2.2), with grouped heads, rotary positions and q/k norm."""
+"""Multi-head attention (Vaswani et al. 2017, §3.2.2): over the sequence itself, and from one sequence to another.
+
+Self-attention has grouped heads, rotary positions and q/k norm, for the decoders that came after the paper.
+"""
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from minillm.transformer.attention import attend
 from minillm.transformer.kv import KVStore
 from minillm.transformer.norms import RMSNorm
 from minillm.transformer.positions import Rotation, apply_rotary
@@ -56,3 +60,35 @@ class MultiHeadAttention(nn.Module):
         if rotation is not None:
             q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
         return self.out(kv.attend(self.layer, q, k, v).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the decoder's tokens to the encoder's output (Vaswani et al. 2017, §3.2.3, first item).
+
+    Keys and values depend on the source alone: `keys_values` is called once a source, `forward` once a step.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.kv = nn.Linear(hidden_size, 2 * num_heads * head_dim, bias=bias)
+        self.out = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+
+    def keys_values(
+        self, memory: Float[Tensor, "batch keys hidden"]
+    ) -> tuple[Float[Tensor, "batch heads keys head_dim"], Float[Tensor, "batch heads keys head_dim"]]:
+        """What the decoder looks at: one packed product, all key heads' rows first."""
+        kv = self.kv(memory).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        k, v = kv.contiguous().unbind()  # laid out once as every step's matrix products read it
+        return k, v
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch queries hidden"],
+        k: Float[Tensor, "batch heads keys head_dim"],
+        v: Float[Tensor, "batch heads keys head_dim"],
+        mask: Bool[Tensor, "batch 1 1 keys"] | None,
+    ) -> Float[Tensor, "batch queries hidden"]:
+        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.out(attend(q, k, v, mask, causal=False).transpose(1, 2).flatten(-2))
