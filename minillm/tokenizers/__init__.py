@@ -1,1 +1,1 @@
-"""Readers for the forms in which tokenizers are published, beyond what transformers reads."""
+"""Byte-pair encoding from scratch, and readers for the forms of tokenizers that transformers does not read."""
