@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minillm.transformer.decoder import Decoder
     from minillm.transformer.sampling import Sampling
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = "tiny"
 HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
@@ -110,7 +110,7 @@ def generate(
 
 
 @app.command(
-    epilog="Examples:  minillm chat   ·   minillm chat -q 'What is a block table?'   ·   "
+    epilog="Examples:  minillm chat   ·   minillm chat -q 'Tell me a story about a goat.'   ·   "
     "minillm chat -m Qwen/Qwen3-0.6B --system-prompt 'Answer in one sentence.'"
 )
 def chat(

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minillm
+from minillm.models.source import BUNDLED
 from tests.helpers import randomise
 from tests.models.families import SMALL
 
@@ -64,6 +65,21 @@ def test_generate_writes_what_transformers_writes(folder):
     per_token = minillm.load_model(folder).config.kv_bytes_per_token(torch.float32)
     count = tokens.input_ids.shape[1] + 20
     assert f"{count * per_token / 2**20:.1f} MiB" in done.stderr
+
+
+def test_without_a_model_it_is_tiny_and_needs_no_network():
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run("generate", "Once upon a time", "--max-tokens", 30, "--dtype", "float32", "--device", "cpu", env=offline)
+    assert done.returncode == 0, done.stderr
+    folder = BUNDLED["tiny"]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+    written = model.float().generate(**tokens, max_new_tokens=30, do_sample=False)
+    expected = tokenizer.decode(written[0, tokens.input_ids.shape[1] :], skip_special_tokens=True)
+    assert done.stdout == expected + "\n"
+    story = "Ben had a red kite. One windy day the kite got stuck in a tall tree."
+    answered = run("chat", "-q", f"{story}\n\nWhat colour was the kite?", env=offline)
+    assert "red" in answered.stdout
 
 
 def test_seeded_sampling_repeats(folder):

@@ -55,6 +55,10 @@ def test_the_wheel_holds_the_package_and_its_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.startswith("minillm_engine-")
     assert "minillm/kernels/cpu/rms_norm.py" in names
+    assert "minillm/assets/tiny/model.safetensors" in names
+    assert "minillm/assets/number_translator/tokenizer.json" in names
+    assets = [info for info in zipfile.ZipFile(wheel).infolist() if info.filename.startswith("minillm/assets/")]
+    assert sum(info.file_size for info in assets) <= 16 * 2**20
     # No top-level package called kernels: that name is Hugging Face's.
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"minillm"}
 

@@ -235,6 +235,12 @@ def _slots(decoder: Decoder, family: Family) -> dict[str, _Slot]:
     return slots
 
 
+def published_weights(decoder: Decoder, family: Family) -> dict[str, Tensor]:
+    """The decoder's weights under the family's published names: what a checkpoint of it holds (views, not copies)."""
+    slots = _slots(decoder, family)
+    return {family.prefix + name: slot.target.T if slot.transposed else slot.target for name, slot in slots.items()}
+
+
 def _part(packed: Tensor, part: str, config: DecoderConfig) -> Tensor:
     """The rows of a packed projection that one published matrix fills."""
     if not part:

@@ -62,6 +62,10 @@ class ShortName:
     wheel: WheelFile
 
 
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUNDLED = {"tiny": ASSETS / "tiny"}
+"""Models that ship in the package, by their names."""
+
 SHORT_NAMES = {
     "smollm2-135m": ShortName(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -86,6 +90,9 @@ def resolve(name: str | Path, *, local_dir: str | Path | None = None) -> Path:
         DownloadError: a hub cannot be reached or refuses, or the result is not what was promised.
         MissingExtraError: ModelScope is asked for and its library is not installed.
     """
+    target = None if local_dir is None else Path(local_dir).expanduser()
+    if isinstance(name, str) and name in BUNDLED:  # before folders of that name: ./tiny is one
+        return _bundled(name, target)
     path = Path(name).expanduser()
     if path.exists() and local_dir is not None:
         raise InvalidRequestError(f"{path} is already here: a folder to download to is for models that are not")
@@ -96,12 +103,33 @@ def resolve(name: str | Path, *, local_dir: str | Path | None = None) -> Path:
         return path
     if path.is_file():
         raise ModelNotFoundError(f"{path} is a file, but no .gguf: name the model's folder instead")
-    target = None if local_dir is None else Path(local_dir).expanduser()
     if str(name) in SHORT_NAMES:
         return _resolve_short_name(SHORT_NAMES[str(name)], str(name), target)
     if isinstance(name, Path) or not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(f"{name} does not exist, and is not of the form of a hub id (org/name)")
     return _from_modelscope(name, target) if _use_modelscope() else _from_hub(name, target)
+
+
+def _bundled(name: str, target: Path | None) -> Path:
+    """Where a model of the package is; with a target, a copy of it there."""
+    source = BUNDLED[name]
+    if not (source / "config.json").exists():
+        raise ModelNotFoundError(f"{name} ships in the package, but {source} is not there: install minillm again")
+    if target is None:
+        return source
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise DownloadError(f"{name} cannot be written to {target}: {error}") from error
+    return target
+
+
+def is_on_disk(name: str) -> bool:
+    """Whether a short name needs no download any more."""
+    if name in BUNDLED:
+        return True
+    short = SHORT_NAMES[name]
+    return (cache_folder() / name / Path(short.wheel.member).name).exists() or _cached_by_hub(short.hub_id) is not None
 
 
 def cache_folder() -> Path:
