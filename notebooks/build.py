@@ -24,6 +24,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 600
+WIDGET_ID = r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"  # also behind IPY_MODEL_
 
 
 def read_source(path: Path) -> nbformat.NotebookNode:
@@ -50,7 +51,9 @@ def build(path: Path) -> Path:
     widgets = notebook["metadata"].get("widgets")
     notebook["metadata"] = metadata | ({"widgets": widgets} if widgets else {})
     target = HERE / f"{path.stem}.ipynb"
-    text = _number_widgets(nbformat.writes(notebook), json.dumps(widgets))
+    # Numbered before they are written: nbformat sorts by name.
+    numbered = _number_widgets(json.dumps(notebook), json.dumps(widgets))
+    text = nbformat.writes(nbformat.reads(numbered, as_version=4))
     target.write_text(text + "\n", encoding="utf-8", newline="\n")
     return target
 
@@ -74,9 +77,9 @@ def _essence(cell: dict[str, Any]) -> tuple[Any, ...]:
 
 def _number_widgets(text: str, widgets: str) -> str:
     """Widgets' random ids, numbered in the order of their appearance; other numbers of their form stay."""
-    found = dict.fromkeys(re.findall(r"\b[0-9a-f]{32}\b", widgets))
+    found = dict.fromkeys(re.findall(WIDGET_ID, widgets))
     numbers = {name: f"{number:032x}" for number, name in enumerate(found)}
-    return re.sub(r"\b[0-9a-f]{32}\b", lambda match: numbers.get(match[0], match[0]), text)
+    return re.sub(WIDGET_ID, lambda match: numbers.get(match[0], match[0]), text)
 
 
 def main() -> int:
