@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX)
 .PHONY: demo test lab notebooks lint types clean
 
 demo: .venv/notebooks
-	$(BIN)/minillm chat --quick "What is gravity?" --stats
+	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
 
 test: .venv/test
 	$(BIN)/minillm pull smollm2-135m
