@@ -17,13 +17,15 @@ Schedule = Callable[[int], float]
 
 def inverse_sqrt(warmup_steps: int) -> Schedule:
     """Linear to 1 at the end of the warm-up, then 1/√step."""
-    _check(warmup_steps, None)
+    if warmup_steps < 1:
+        raise ConfigError(f"warmup_steps must be at least 1, not {warmup_steps}")
     return lambda step: min((step + 1) / warmup_steps, math.sqrt(warmup_steps / (step + 1)))
 
 
 def cosine(steps: int, warmup_steps: int, lowest: float = 0.0) -> Schedule:
     """Linear to 1 at the end of the warm-up, then half a cosine down to `lowest` at the last step."""
-    _check(warmup_steps, steps)
+    if not 0 <= warmup_steps < steps:
+        raise ConfigError(f"{warmup_steps} steps of warm-up do not fit into {steps} steps: choose 0 to {steps - 1}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -38,9 +40,10 @@ def cosines(*parts: tuple[int, float, int]) -> Schedule:
     """One cosine after another, each from its own peak (Loshchilov & Hutter 2017, §3: warm restarts).
 
     Args:
-        parts: for each, its steps, its peak as a share of the highest rate, and its steps of warm-up (at most a tenth).
+        parts: for each, its steps, its peak as a share of the highest rate, and its steps of warm-up (cut
+            to a tenth of its steps).
     """
-    factors = [(steps, peak, cosine(steps, min(warmup, 1 + steps // 10), 0.05)) for steps, peak, warmup in parts]
+    factors = [(steps, peak, cosine(steps, min(warmup, steps // 10), 0.05)) for steps, peak, warmup in parts if steps]
 
     def factor(step: int) -> float:
         for steps, peak, schedule in factors[:-1]:
@@ -51,10 +54,3 @@ def cosines(*parts: tuple[int, float, int]) -> Schedule:
         return peak * schedule(step)
 
     return factor
-
-
-def _check(warmup_steps: int, steps: int | None) -> None:
-    if warmup_steps < 1:
-        raise ConfigError(f"warmup_steps must be at least 1, not {warmup_steps}")
-    if steps is not None and steps <= warmup_steps:
-        raise ConfigError(f"{warmup_steps} steps of warm-up leave none of {steps} to train: choose fewer")

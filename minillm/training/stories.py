@@ -12,9 +12,9 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from minillm.training import story_parts as parts
+from minillm.training.split import hash_fraction
 
 Message = dict[str, str]
 """One turn of a conversation: its role and its content."""
@@ -93,8 +93,7 @@ class Story:
 
 def is_held_out(combination: Sequence[str]) -> bool:
     """Whether this hero, thing and event never stand together in a training story: by hash, 5 % of all."""
-    digest = blake2b("|".join(combination).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+    return hash_fraction("|".join(combination)) < HELD_OUT_SHARE
 
 
 def tell(rng: random.Random, *, held_out: bool = False) -> Story:
@@ -114,12 +113,16 @@ def tell(rng: random.Random, *, held_out: bool = False) -> Story:
         *plot.beats,
         parts.ENDINGS,
     ]
-    told = ["\n\n" if beat is None else _fill(rng.choice(beat), facts) for beat in beats]
+    told = ["\n\n" if beat is None else _fill(_choose(rng, beat, plot), facts) for beat in beats]
     text = " ".join(told).replace(" \n\n ", "\n\n")
     asked = [*parts.COMMON_QUESTIONS, *plot.questions, *plot.questions]  # what only this plot decides, more often
     questions = dict.fromkeys(Question(_fill(q, facts), _fill(a, facts)) for q, a in rng.sample(asked, len(asked)))
     requests = tuple(_fill(request, facts) for request in REQUESTS)
     return Story(text, tuple(questions), requests, combination)
+
+
+def _choose(rng: random.Random, beat: Sequence[str], plot: parts.Plot) -> str:
+    return rng.choice([sentence for sentence in beat if sentence not in plot.belies])
 
 
 def draw_facts(rng: random.Random, plot: parts.Plot, hero: str, thing: str) -> dict[str, str]:

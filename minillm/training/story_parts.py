@@ -63,6 +63,7 @@ class Plot:
         draws: for each, one of its entries is drawn and its facts are added.
         beats: for each, one of its sentences (or runs of sentences) is told; None starts a paragraph.
         questions: (question, answer) pairs that this plot's facts decide; questions may share a fact.
+        belies: sentences of other stories that would not be true in this one.
     """
 
     event: str
@@ -70,6 +71,11 @@ class Plot:
     draws: tuple[tuple[dict[str, str], ...], ...]
     beats: tuple[tuple[str, ...] | None, ...]
     questions: tuple[tuple[str, str], ...]
+    belies: tuple[str, ...] = ()
+
+
+NEVER_WITHOUT_IT = "{He} never left home without {a_thing}."
+TAKES_IT_ALONG = "It was a {weather} {time}. {hero} took the {thing} and went to {place} with {friend_full}."
 
 
 OPENINGS = (
@@ -82,13 +88,13 @@ OPENINGS = (
 THINGS = (
     "{He} had {a_thing}, and {he} loved {them} very much.",
     "For {his} birthday {he} had been given {a_thing}.",
-    "{He} never left home without {a_thing}.",
+    NEVER_WITHOUT_IT,
     "Of all that {he} had, {he} liked {a_thing} most.",
 )
 SETTINGS = (
     "One {weather} {time} {hero} went to {place} with {friend_full}.",
     "One {weather} {time} {he} walked to {place}, and {friend_full} came along.",
-    "It was a {weather} {time}. {hero} took the {thing} and went to {place} with {friend_full}.",
+    TAKES_IT_ALONG,
     "On a {weather} {time}, {hero} and {friend_full} were at {place}.",
     "One {weather} {time} {he} met {friend_full} at {place}.",
 )
@@ -413,7 +419,7 @@ PLOTS = (
         "forgotten",
         "{hero} forgets {a_thing}",
         (
-            _each("left", "at home", "at school", "on the bus", "in the kitchen", "at the shop"),
+            _each("left", "at home", "in the attic", "on the bus", "in the kitchen", "at the shop"),
             _each("noticed", "they stopped to rest", "they wanted to play", "it began to rain", "the bell rang"),
             _each("runner", "{hero}", "{friend}"),
         ),
@@ -439,6 +445,7 @@ PLOTS = (
             ("Who fetched the {thing}?", "{runner} fetched the {thing}."),
             ("What did {hero} forget?", "{hero} forgot the {colour} {thing}."),
         ),
+        (NEVER_WITHOUT_IT, TAKES_IT_ALONG),
     ),
     Plot(
         "returned",

@@ -65,7 +65,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "torch_dtype": "bfloat16",
 }
-"""config.json, as transformers reads it."""
+"""config.json, as transformers reads it; a tokenizer trained on few documents may fill less of the vocabulary."""
 
 NGRAM_ORDER = 5
 ANSWER_TOKENS = 40
@@ -157,7 +157,7 @@ def make_trainer(recipe: Recipe, tokenizer: BytePairTokenizer, device: torch.dev
     Each of the three has a cosine of its own (Loshchilov & Hutter 2017, §3: warm restarts).
     """
     torch.manual_seed(recipe.seed)
-    decoder = Decoder(translate(CONFIG))
+    decoder = Decoder(translate(CONFIG | {"vocab_size": len(tokenizer)}))
     # With the 0.02 that suits wide models, one so narrow takes far longer to learn to look back.
     decoder.reset_parameters(std=CONFIG["hidden_size"] ** -0.5)
     corpus = Batches(tokenizer, documents(recipe.seed, recipe.documents), recipe.batch_tokens, recipe.seed)
@@ -223,7 +223,8 @@ def export(decoder: Decoder, tokenizer: BytePairTokenizer, folder: Path) -> None
         "model_max_length": CONFIG["max_position_embeddings"],
         "chat_template": CHAT_TEMPLATE,
     }
-    files = {"config": CONFIG, "generation_config": generation, "tokenizer_config": tokenizer_config}
+    config = CONFIG | {"vocab_size": len(tokenizer)}
+    files = {"config": config, "generation_config": generation, "tokenizer_config": tokenizer_config}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -168,7 +168,7 @@ def make_trainer(pairs: Sequence[Pair], recipe: Recipe) -> tuple[Trainer[Seq2Seq
     config = TrainingConfig(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
-        schedule=cosine(recipe.steps, max(1, min(recipe.warmup_steps, recipe.steps // 10))),
+        schedule=cosine(recipe.steps, min(recipe.warmup_steps, recipe.steps // 10)),
         label_smoothing=recipe.label_smoothing,
         seed=recipe.seed,
     )

@@ -66,6 +66,12 @@ def test_pronouns_and_verbs_agree():
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text
 
 
+def test_what_was_forgotten_had_not_been_taken_along():
+    forgotten = [story.text for story in STORIES if story.combination[2] == "forgotten"]
+    assert forgotten
+    assert not [text for text in forgotten if " took the " in text or "never left home" in text]
+
+
 def test_one_question_has_one_answer():
     for story in STORIES:
         asked = Counter(question.text for question in story.questions)

@@ -50,13 +50,13 @@ def config(**options) -> TrainingConfig:
     return TrainingConfig(**({"steps": STEPS, "learning_rate": 1e-2, "schedule": cosine(STEPS, 3)} | options))
 
 
-@pytest.mark.parametrize("warmup", [1, 7, 50])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 50])
 def test_schedules_equal_those_of_transformers(warmup):
     steps = 60
-    for ours, make in (
-        (cosine(steps, warmup), lambda o: get_cosine_schedule_with_warmup(o, warmup, steps)),
-        (inverse_sqrt(warmup), lambda o: get_inverse_sqrt_schedule(o, warmup)),
-    ):
+    pairs = [(cosine(steps, warmup), lambda o: get_cosine_schedule_with_warmup(o, warmup, steps))]
+    if warmup:
+        pairs.append((inverse_sqrt(warmup), lambda o: get_inverse_sqrt_schedule(o, warmup)))
+    for ours, make in pairs:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         theirs = make(optimizer)
         for step in range(steps - 1):
@@ -75,14 +75,16 @@ def test_the_papers_schedule_is_inverse_sqrt_at_its_own_peak():
 def test_cosine_ends_at_the_lowest():
     factor = cosine(100, 10, lowest=0.1)
     assert [factor(9), factor(99), factor(200)] == pytest.approx([1.0, 0.1, 0.1])
-    for warmup, steps in ((0, 10), (10, 10)):
+    for warmup, steps in ((-1, 10), (10, 10), (0, 0)):
         with pytest.raises(ConfigError):
             cosine(steps, warmup)
+    with pytest.raises(ConfigError):
+        inverse_sqrt(0)
 
 
 def test_a_restart_begins_again():
-    first, second = cosine(30, 4, 0.05), cosine(15, 1, 0.05)
-    factor = cosines((30, 1.0, 99), (15, 0.5, 1))
+    first, second = cosine(30, 3, 0.05), cosine(15, 1, 0.05)
+    factor = cosines((30, 1.0, 99), (0, 0.7, 5), (15, 0.5, 1))
     assert [factor(step) for step in range(45)] == [first(s) for s in range(30)] + [0.5 * second(s) for s in range(15)]
 
 
