@@ -110,7 +110,7 @@ def generate(
 
 
 @app.command(
-    epilog="Examples:  minillm chat   ·   minillm chat -q 'Tell me a story about a goat.'   ·   "
+    epilog="Examples:  minillm chat   ·   minillm chat -q 'Tell me a story about Mia.'   ·   "
     "minillm chat -m Qwen/Qwen3-0.6B --system-prompt 'Answer in one sentence.'"
 )
 def chat(

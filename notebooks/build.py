@@ -4,8 +4,8 @@
     python notebooks/build.py 00 03      some
     python notebooks/build.py --check    compare the cells' sources with the text, execute nothing
 
-Two runs give the same bytes: cell ids are made of the name and a number, nothing is timed, versions are left out and
-widgets are numbered in the order in which they appear.
+Two runs give the same bytes, but for what is timed or trained live (cells tagged nbval-ignore-output): cell ids are
+made of the name and a number, versions are left out and widgets are numbered in the order in which they appear.
 """
 
 from __future__ import annotations

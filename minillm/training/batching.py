@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minillm.errors import InvalidRequestError
 from minillm.transformer.decoder import Decoder
+from minillm.transformer.kv import pad_right
 from minillm.transformer.seq2seq import Seq2Seq
 
 IGNORED = -100
@@ -33,8 +34,8 @@ class TextBatch:
     @classmethod
     def of(cls, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> TextBatch:
         """Of (tokens, the same or `IGNORED` where nothing is to be learned) pairs."""
-        tokens = pad([tokens for tokens, _ in examples], 0)
-        targets = pad([targets for _, targets in examples], IGNORED)
+        tokens = pad_right([tokens for tokens, _ in examples])
+        targets = pad_right([targets for _, targets in examples], IGNORED)
         return cls(tokens[:, :-1], targets[:, 1:])
 
     @property
@@ -69,10 +70,10 @@ class PairBatch:
         """Of token lists, without start and stop tokens."""
         sources = [list(source) for source, _ in pairs]
         return cls(
-            pad(sources, 0),
+            pad_right(sources),
             tuple(map(len, sources)),
-            pad([[start_id, *target] for _, target in pairs], 0),
-            pad([[*target, stop_id] for _, target in pairs], IGNORED),
+            pad_right([[start_id, *target] for _, target in pairs]),
+            pad_right([[*target, stop_id] for _, target in pairs], IGNORED),
         )
 
     @property
@@ -98,12 +99,6 @@ def cross_entropy(
     return F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
     )
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Int[Tensor, "batch seq"]:
-    """Rows as one tensor, padded on the right to the longest."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
 
 
 class LengthBatches:

@@ -1,7 +1,7 @@
 """The baseline that a language model must beat: counting what followed the last few tokens.
 
 Source: interpolation with Witten-Bell smoothing: Witten & Bell 1991, "The Zero-Frequency Problem", method C; as told in
-Chen & Goodman 1998, "An Empirical Study of Smoothing Techniques for Language Modeling", §2.6.
+Chen & Goodman 1998, "An Empirical Study of Smoothing Techniques for Language Modeling", §2.5.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, InvalidRequestError
 
 Context = tuple[int, ...]
 
@@ -23,8 +23,8 @@ class NGram:
     """
 
     def __init__(self, order: int, vocab_size: int) -> None:
-        if order < 1:
-            raise ConfigError(f"the order must be at least 1, not {order}")
+        if order < 1 or vocab_size < 1:
+            raise ConfigError(f"order and vocab_size must be at least 1, not {order} and {vocab_size}")
         self.order = order
         self.vocab_size = vocab_size
         self.followers: dict[Context, Counter[int]] = defaultdict(Counter)
@@ -53,10 +53,16 @@ class NGram:
         return p
 
     def perplexity(self, documents: Iterable[Sequence[int]]) -> float:
-        """exp of the mean −log probability of every token but each document's first."""
+        """exp of the mean −log probability of every token but each document's first.
+
+        Raises:
+            InvalidRequestError: no document has two tokens.
+        """
         logs = [
             -math.log(self.probability(tokens[max(0, at - self.order + 1) : at], tokens[at]))
             for tokens in documents
             for at in range(1, len(tokens))
         ]
+        if not logs:
+            raise InvalidRequestError("there is no token to predict: give documents of two tokens or more")
         return math.exp(sum(logs) / len(logs))

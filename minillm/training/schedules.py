@@ -37,13 +37,18 @@ def cosine(steps: int, warmup_steps: int, lowest: float = 0.0) -> Schedule:
 
 
 def cosines(*parts: tuple[int, float, int]) -> Schedule:
-    """One cosine after another, each from its own peak (Loshchilov & Hutter 2017, §3: warm restarts).
+    """One cosine after another, each from its own peak to a twentieth of it (Loshchilov & Hutter 2017, §3: restarts).
 
     Args:
         parts: for each, its steps, its peak as a share of the highest rate, and its steps of warm-up (cut
             to a tenth of its steps).
+
+    Raises:
+        ConfigError: no part has any steps.
     """
     factors = [(steps, peak, cosine(steps, min(warmup, steps // 10), 0.05)) for steps, peak, warmup in parts if steps]
+    if not factors:
+        raise ConfigError("no part of the schedule has any steps: give one that has")
 
     def factor(step: int) -> float:
         for steps, peak, schedule in factors[:-1]:

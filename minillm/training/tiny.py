@@ -26,12 +26,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from minillm.cache.contiguous import ContiguousCache
+from minillm.errors import InvalidRequestError
 from minillm.models.llama import LLAMA, translate
 from minillm.models.loader import cpu_has_bfloat16, load_model, num_parameters, published_weights, resolve_device
 from minillm.tokenizers.bpe import BytePairTokenizer
 from minillm.training import story_parts as parts
 from minillm.training.batching import IGNORED, LengthBatches, TextBatch
-from minillm.training.command import notes, run
+from minillm.training.command import check_folder, notes, run
 from minillm.training.ngram import NGram
 from minillm.training.schedules import cosines
 from minillm.training.stories import NO_STORY, Message, Question, Story, documents, finishing_documents, tell
@@ -191,10 +192,11 @@ class Batches:
         encoded = (encode(tokenizer, document) for document in corpus)
         longest = CONFIG["max_position_embeddings"]
         # Arrays of 16 bits: as lists of numbers, the corpus would take gigabytes.
-        self.examples = [
-            (array("h", tokens), array("h", learned)) for tokens, learned in encoded if len(tokens) <= longest
-        ]
-        self.indices = LengthBatches([len(tokens) for tokens, _ in self.examples], max_tokens, seed)
+        self.examples = [(array("h", tokens), array("h", learned)) for tokens, learned in encoded]
+        lengths = [len(tokens) for tokens, _ in self.examples]
+        if max(lengths, default=0) > longest:
+            raise InvalidRequestError(f"a document has {max(lengths)} tokens, the model's context {longest}")
+        self.indices = LengthBatches(lengths, max_tokens, seed)
 
     def __len__(self) -> int:
         """Steps in one pass."""
@@ -335,12 +337,13 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = Path("trained-tiny"),
     device: Annotated[str, typer.Option(help="cpu or cuda; what ships was trained on a CPU.")] = "cpu",
     checkpoint: Annotated[Path | None, typer.Option(help="Save here now and then, and go on from here.")] = None,
-    documents: Annotated[
-        int, typer.Option(min=100, help="How many stories and conversations to learn from.")
+    count: Annotated[
+        int, typer.Option("--documents", min=100, help="How many stories and conversations to learn from.")
     ] = Recipe.documents,
 ) -> None:
     """Train the model that ships as `tiny`, measure it, and write it to a folder."""
-    recipe, where = Recipe(documents=documents), resolve_device(device)
+    recipe, where = Recipe(documents=count), resolve_device(device)
+    check_folder(out)
     start = time.perf_counter()
     tokenizer = train_tokenizer(recipe)
     trainer = make_trainer(recipe, tokenizer, where)

@@ -6,6 +6,7 @@ on the seed and the step's number only, so a run that was saved and loaded goes 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ class TrainingConfig:
         clip_norm: longest gradient (Pascanu et al. 2013, §3.2).
         autocast: dtype of matrix products, None for the model's own. bfloat16 helps where the device has it.
         seed: of dropout; the batches bring their own.
+
+    Raises:
+        ConfigError: when a value is outside its range.
     """
 
     steps: int
@@ -70,9 +74,14 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "clip_norm"):
-            if getattr(self, name) <= 0:
+        for name in ("steps", "learning_rate", "clip_norm", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("label_smoothing", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be in [0, 1), not {self.betas}")
 
 
 class Trainer(Generic[Model]):

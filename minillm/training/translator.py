@@ -20,6 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,12 +31,12 @@ from minillm.models.source import ASSETS
 from minillm.text import read_json
 from minillm.tokenizers.bpe import WORDS_AND_HAN, BytePairTokenizer
 from minillm.training.batching import LengthBatches, PairBatch
-from minillm.training.command import notes, run
+from minillm.training.command import check_folder, notes, run
 from minillm.training.numbers import chinese, english, has_inner_zero, sample
 from minillm.training.parallel import Pair, Tokenize, bleu, read_pairs, split_pairs
 from minillm.training.schedules import cosine
 from minillm.training.trainer import Trainer, TrainingConfig
-from minillm.transformer.search import beam_search, greedy_search
+from minillm.transformer.search import beam_search, check_beams, check_request, greedy_search
 from minillm.transformer.seq2seq import Seq2Seq, Seq2SeqConfig
 
 START, STOP = SPECIAL_TOKENS = ("<|start|>", "<|stop|>")
@@ -70,6 +71,7 @@ class Recipe:
 
 NUMBERS = Recipe()
 """1.4 million parameters."""
+NUMBER_PAIRS = 200_000
 SMALL_NUMBERS = Recipe(hidden_size=96, num_heads=3, intermediate_size=384, layers=2, steps=260)
 """What a notebook trains while you watch."""
 CORPUS = Recipe(
@@ -100,11 +102,13 @@ class Translator:
             max_tokens: of a translation at most; the model's context when None.
 
         Raises:
-            InvalidRequestError: an empty text, or one longer than the model's context.
+            InvalidRequestError: no texts, an empty one, one longer than the model's context, or a number out of range.
         """
-        max_tokens = max_tokens or self.model.config.max_position_embeddings - 1
+        max_tokens = self.model.config.max_position_embeddings if max_tokens is None else max_tokens
         sources = [self.tokenizer.encode(text) for text in texts]
         ids = {"start_id": self.tokenizer.token_to_id(START), "stop_id": self.tokenizer.token_to_id(STOP)}
+        check_request(self.model, sources, **ids, max_tokens=max_tokens)
+        check_beams(num_beams, length_penalty=0)
         kv = ContiguousCache.for_decoder(self.model, len(sources) * num_beams, max_tokens)
         if num_beams == 1:
             found = greedy_search(self.model, sources, **ids, max_tokens=max_tokens, kv=kv)
@@ -114,7 +118,13 @@ class Translator:
         return [self.tokenizer.decode(tokens) for tokens in found]
 
     def translate_all(self, texts: Sequence[str], *, num_beams: int = 1, batch_size: int = 100) -> list[str]:
-        """As `translate`, in batches of texts of like length."""
+        """As `translate`, in batches of texts of like length.
+
+        Raises:
+            InvalidRequestError: as `translate`, and for a batch_size below 1.
+        """
+        if batch_size < 1:
+            raise InvalidRequestError(f"batch_size must be at least 1, not {batch_size}")
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         found: dict[int, str] = {}
         for start in range(0, len(order), batch_size):
@@ -210,7 +220,13 @@ class ExactMatch:
 
 
 def exact_match(translator: Translator, count: int = 2000, seed: int = 1) -> ExactMatch:
-    """How many held-out numbers come out right, greedily; `count` draws, of which each number counts once."""
+    """How many held-out numbers come out right, greedily; `count` draws, of which each number counts once.
+
+    Raises:
+        InvalidRequestError: for a count below 1.
+    """
+    if count < 1:
+        raise InvalidRequestError(f"count must be at least 1, not {count}")
     numbers = sorted(set(sample(random.Random(seed), count, held_out=True)))
     found = translator.translate_all([english(n) for n in numbers])
     right: dict[str | int, list[bool]] = defaultdict(list)
@@ -228,7 +244,8 @@ def numbers(
     out: Annotated[Path, typer.Option(help="Where the translator goes.")] = Path("number_translator"),
 ) -> None:
     """Train the translator of numbers that ships in the package, and measure it on held-out numbers."""
-    trainer, translator = make_trainer(number_pairs(200_000), NUMBERS)
+    check_folder(out)
+    trainer, translator = make_trainer(number_pairs(NUMBER_PAIRS), NUMBERS)
     notes.print(f"{num_parameters(translator.model):,} parameters")
     trainer.train()
     translator.save(out)
@@ -248,7 +265,9 @@ def corpus(
     tokenize: Annotated[Tokenize, typer.Option(help="How BLEU cuts the target language: 13a, zh or char.")] = "zh",
 ) -> None:
     """Train on a corpus of your own, and report BLEU on the sentences held out of it."""
-    bleu(["-"], [["-"]], tokenize=tokenize)  # what is missing for the score is better known now than after training
+    # What is missing for the end is better known now than after training.
+    check_folder(out)
+    bleu(["-"], [["-"]], tokenize=tokenize)
     training, held_out = split_pairs(read_pairs(pairs))
     if not held_out:
         raise InvalidRequestError(f"{pairs} has {len(training)} pairs, too few to hold any out: give some hundreds")
@@ -259,6 +278,10 @@ def corpus(
     references: dict[str, list[str]] = defaultdict(list)
     for source, target in held_out:
         references[source].append(target)
+    context = translator.model.config.max_position_embeddings
+    for source in [source for source in references if len(translator.tokenizer.encode(source)) > context]:
+        del references[source]
+        notes.print(f"not scored, for it is longer than {context} tokens: {escape(source[:60])}…")
     for num_beams in (1, 4):
         found = translator.translate_all(list(references), num_beams=num_beams)
         score = bleu(found, list(references.values()), tokenize=tokenize)

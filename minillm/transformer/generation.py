@@ -8,7 +8,7 @@ import torch
 
 from minillm.errors import InvalidRequestError
 from minillm.transformer.decoder import Decoder
-from minillm.transformer.kv import KVStore, NoCache, PaddedBatch
+from minillm.transformer.kv import KVStore, NoCache, PaddedBatch, pad_right
 from minillm.transformer.sampling import GREEDY, Sampling
 
 
@@ -39,9 +39,8 @@ def generate(
     for _ in range(max_tokens):
         fed = [row[start:] for row, start in zip(rows, seen, strict=True)]
         batch = PaddedBatch(tuple(seen), tuple(len(tokens) for tokens in fed))
-        padded = [tokens + [0] * (batch.seq_len - len(tokens)) for tokens in fed]
         store.begin(batch)
-        hidden = decoder.hidden(torch.tensor(padded, device=decoder.device), batch.positions(decoder.device), store)
+        hidden = decoder.hidden(pad_right(fed).to(decoder.device), batch.positions(decoder.device), store)
         last = hidden[range(len(rows)), [length - 1 for length in batch.lengths]]
         if store.remembers:
             seen = [len(row) for row in rows]

@@ -84,6 +84,12 @@ class PaddedBatch:
         return torch.arange(self.seq_len, device=device)[None, :] < lengths[:, None]
 
 
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int = 0) -> Int[Tensor, "batch seq"]:
+    """Token lists as one tensor, as wide as the longest."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+
+
 @runtime_checkable
 class KVStore(Protocol):
     """Where keys and values live. ``*tokens`` is ``batch seq`` for padded rows, ``tokens`` for a ragged batch."""

@@ -83,6 +83,10 @@ class CrossAttention(nn.Module):
         k, v = kv.contiguous().unbind()  # laid out once as every step's matrix products read it
         return k, v
 
+    def queries(self, x: Float[Tensor, "batch queries hidden"]) -> Float[Tensor, "batch heads queries head_dim"]:
+        """What the decoder's tokens ask for."""
+        return self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
     def forward(
         self,
         x: Float[Tensor, "batch queries hidden"],
@@ -90,5 +94,4 @@ class CrossAttention(nn.Module):
         v: Float[Tensor, "batch heads keys head_dim"],
         mask: Bool[Tensor, "batch 1 1 keys"] | None,
     ) -> Float[Tensor, "batch queries hidden"]:
-        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return self.out(attend(q, k, v, mask, causal=False).transpose(1, 2).flatten(-2))
+        return self.out(attend(self.queries(x), k, v, mask, causal=False).transpose(1, 2).flatten(-2))

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minillm.errors import InvalidRequestError
-from minillm.transformer.kv import KVStore, NoCache, PaddedBatch, ReorderableStore
-from minillm.transformer.seq2seq import Memory, Seq2Seq, check_eval_mode
+from minillm.transformer.kv import KVStore, NoCache, PaddedBatch, ReorderableStore, pad_right
+from minillm.transformer.seq2seq import Memory, Seq2Seq, check_eval_mode, check_ids
 
 
 class Hypothesis(NamedTuple):
@@ -171,9 +171,7 @@ def penalty(n: int, alpha: float) -> float:
 
 def encode_sources(model: Seq2Seq, sources: Sequence[Sequence[int]]) -> Memory:
     """One padded batch of all sources, read by the encoder."""
-    lengths = [len(source) for source in sources]
-    padded = [[*source, *[0] * (max(lengths) - len(source))] for source in sources]
-    return model.encode(torch.tensor(padded, device=model.device), lengths)
+    return model.encode(pad_right(sources).to(model.device), [len(source) for source in sources])
 
 
 def next_logits(
@@ -195,10 +193,7 @@ def check_request(
     config = model.config
     if not sources or not all(sources):
         raise InvalidRequestError("every source needs at least one token")
-    used = {start_id, stop_id}.union(*sources)
-    outside = {token for token in used if not 0 <= token < config.vocab_size}
-    if outside:
-        raise InvalidRequestError(f"token ids must be in [0, {config.vocab_size}), not {sorted(outside)[:5]}")
+    check_ids(model, {start_id, stop_id}.union(*sources))
     if not 1 <= max_tokens <= config.max_position_embeddings:
         raise InvalidRequestError(
             f"max_tokens must be between 1 and the model's {config.max_position_embeddings} positions, not {max_tokens}"

@@ -7,7 +7,7 @@ decoder then writes the target, one token a step, on any key/value store.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -145,9 +145,9 @@ class Seq2Seq(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh weights to train from.
 
-        The paper does not say how; as in its tensor2tensor code and the Annotated Transformer, matrices are Xavier
-        uniform (Glorot & Bengio 2010, eq. 16) and embeddings normal(0, hidden^-0.5), so that √hidden times them is
-        about 1. Biases are 0.
+        The paper does not say how. As in the Annotated Transformer, matrices are Xavier uniform (Glorot & Bengio 2010,
+        eq. 16); as in the paper's own tensor2tensor code, embeddings are normal(0, hidden^-0.5), so that √hidden times
+        them is about 1. Biases are 0.
         """
         nn.init.normal_(self.embedding.weight, std=self.config.hidden_size**-0.5)
         for name, module in self.named_modules():
@@ -256,6 +256,14 @@ def check_eval_mode(model: Seq2Seq) -> None:
         raise InvalidRequestError("the model is in training mode, where dropout is random: call model.eval() first")
 
 
+def check_ids(model: Seq2Seq, tokens: Iterable[int]) -> None:
+    """Raise InvalidRequestError for token ids that the vocabulary does not have."""
+    vocab_size = model.config.vocab_size
+    outside = sorted({token for token in tokens if not 0 <= token < vocab_size})
+    if outside:
+        raise InvalidRequestError(f"token ids must be in [0, {vocab_size}), not {outside[:5]}")
+
+
 @torch.inference_mode()
 def cross_attention_weights(
     model: Seq2Seq, source: Sequence[int], target: Sequence[int]
@@ -265,15 +273,16 @@ def cross_attention_weights(
     A hook on each cross-attention layer takes what the layer is given, and goes as far as the softmax.
 
     Raises:
-        InvalidRequestError: as `Seq2Seq.forward`, and for a model with dropout in training mode.
+        InvalidRequestError: as `Seq2Seq.forward`, for ids that the model does not have, and for a model with dropout
+            in training mode.
     """
     check_eval_mode(model)
+    check_ids(model, {*source, *target})
     weights: list[Tensor] = []
 
     def look(layer: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
         x, k, _, _ = inputs
-        q = layer.q(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
-        weights.append((q @ k.transpose(-1, -2) * layer.head_dim**-0.5).softmax(dim=-1))
+        weights.append((layer.queries(x) @ k.transpose(-1, -2) * layer.head_dim**-0.5).softmax(dim=-1))
 
     hooks = [layer.register_forward_pre_hook(look) for layer in model.cross_attentions]
     try:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.transformer.attention import dot_product_attention
 from minillm.transformer.decoder import Decoder
-from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch
+from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch, pad_right
 from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, png
 
 WEIGHTS = LinearSegmentedColormap.from_list("weights", ["white", SKY, BLUE, "#002b45"])
@@ -98,7 +98,7 @@ class SilencingStore:
 def padded_rows(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch seq"], PaddedBatch]:
     """Sequences as one batch, padded on the right."""
     batch = PaddedBatch((0,) * len(rows), tuple(map(len, rows)))
-    return torch.tensor([[*row, *[0] * (batch.seq_len - len(row))] for row in rows]), batch
+    return pad_right(rows), batch
 
 
 @torch.inference_mode()
@@ -125,9 +125,9 @@ def next_token_probabilities(
 
 
 def token_names(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
-    """Each token as a label: ␣ for the space before a word, ⏎ for a new line."""
+    """Each token as a label: ␣ for the space before a word, ↵ for a new line."""
     names = [str(tokenizer.decode([token])) for token in tokens]
-    return [name.replace(" ", "␣").replace("\n", "⏎").replace("$", r"\$") for name in names]
+    return [name.replace(" ", "␣").replace("\n", "↵").replace("$", r"\$") for name in names]
 
 
 def plot_lookup(
@@ -449,7 +449,7 @@ def _lines(tokens: Sequence[str]) -> tuple[list[tuple[int, float]], int]:
             line, column = line + 1, 0.0
         places.append((line, column))
         column += len(token.lstrip("␣")) + 0.2
-        if token.endswith("⏎") and tokens[number + 1 : number + 2] != ["⏎"]:
+        if token.endswith("↵") and tokens[number + 1 : number + 2] != ["↵"]:
             line, column = line + 1, 0.0
     return places, line + (column > 0)
 

@@ -355,6 +355,8 @@ def plot_kv_memory(
         batch: sequences.
         dtype: of weights, keys and values; one of `DTYPES`.
     """
+    if dtype not in DTYPES:
+        raise InvalidRequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     model, kind = published_model(name), getattr(torch, dtype)
     weights = sum(parameter.numel() for parameter in model.parameters()) * kind.itemsize / 1e9
     one = context * model.config.kv_bytes_per_token(kind) / 1e9

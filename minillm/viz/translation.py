@@ -53,8 +53,8 @@ def plot_stack(num_layers: int = 6) -> Figure:
     axes.text(6.5, -0.35, "target tokens, shifted right", ha="center", va="top")
     _box(axes, 5.0, 5.2, "embedding table, transposed", GREY)
     axes.text(6.5, 6.15, "logits of the next target token", ha="center")
-    arrow = {"arrowstyle": "->", "color": GREEN, "lw": 2, "connectionstyle": "angle3,angleA=0,angleB=90"}
-    axes.annotate("", (4.8, 2.55), (1.5, 3.25), arrowprops={**arrow, "connectionstyle": "arc3,rad=-0.15"})
+    arrow = {"arrowstyle": "->", "color": GREEN, "lw": 2, "connectionstyle": "arc3,rad=-0.15"}
+    axes.annotate("", (4.8, 2.55), (1.5, 3.25), arrowprops=arrow)
     axes.text(3.4, 3.3, "keys and values,\ncomputed once", ha="center", color="black", fontsize=9)
     axes.set(xlim=(-0.6, 8.6), ylim=(-0.8, 6.5))
     axes.set_axis_off()

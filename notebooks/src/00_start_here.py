@@ -146,13 +146,16 @@ print(f"the longest text, {longest:,} tokens: {longest * per_token / 2**20:.0f} 
 
 # %% [markdown]
 # That is small beside the model, as everything about `tiny` is small. For a real one it is not: one text of 8,192
-# tokens with SmolLM2-135M takes more than a third of a gigabyte, close to that model's own size, and a server holds
-# many texts at once. That is why the second half of this course exists.
+# tokens with SmolLM2-135M takes most of what its weights take, and a server holds many texts at once. That is why the
+# second half of this course exists.
 
 # %%
-smollm2 = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
-one_text = 2 * smollm2["num_layers"] * smollm2["num_kv_heads"] * smollm2["head_dim"] * 4 * 8192
-print(f"SmolLM2-135M: {one_text / 2**20:.0f} MiB for 8,192 tokens; its weights: {134_515_008 * 4 / 2**20:.0f} MiB")
+from minillm.viz import published_model
+
+smollm2 = published_model("SmolLM2-135M")  # its sizes, without its weights
+one_text = 8192 * smollm2.config.kv_bytes_per_token(torch.float32)
+weights = 4 * sum(parameter.numel() for parameter in smollm2.parameters())
+print(f"8,192 tokens: {one_text / 2**20:.0f} MiB, {one_text / weights:.0%} of the {weights / 2**20:.0f} MiB of weights")
 
 # %% [markdown]
 # ## A conversation
@@ -203,8 +206,7 @@ assert "green" in answer(conversation)
 
 # %% [markdown]
 # The same from a terminal: `minillm chat`. A larger model, which knows something of the world, is one download away:
-# `minillm chat -m smollm2-135m`, or `minillm.load_model("smollm2-135m")` here. Every notebook works with it, more
-# slowly.
+# `minillm chat -m smollm2-135m`, or `minillm.load_model("smollm2-135m")` in Python.
 #
 # ## How to check your work
 #

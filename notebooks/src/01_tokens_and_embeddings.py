@@ -455,7 +455,7 @@ print(f"one token by a lookup:  0 multiplications, {hidden_size} numbers copied"
 # %% [markdown]
 # So an embedding is an ordinary linear layer whose input happens to be one-hot. It is learnt like any other matrix; the
 # lookup is only the fast way to compute it. It also tells how the table learns: rows that are multiplied by 0 get a
-# gradient of 0. A step of training moves only the rows of tokens that are in its texts (exercise 3).
+# gradient of 0. A lookup gives a gradient only to the rows of the tokens that are in the text (exercise 3).
 #
 # ### How large is it?
 #

@@ -279,8 +279,8 @@ except IndexError as error:
 # ## 4 · Rotary positions
 #
 # What we want is clear by now: the score of a query and a key should depend on *what* they are and *how far apart* they
-# are, on nothing else. Su et al. (2021, "RoFormer", §3.2) ask for exactly this, and find the answer that nearly every
-# language model uses today: do not add the clock to the word. **Turn the query and the key with it.**
+# are, on nothing else. Su et al. (2021, "RoFormer", §3.1, eq. 11) ask for exactly this, and find the answer that nearly
+# every language model uses today: do not add the clock to the word. **Turn the query and the key with it.**
 #
 # Take one pair of channels of a query: two numbers, an arrow in the plane. At position $m$, turn it by $m\theta$. Turn
 # the key's pair at position $n$ by $n\theta$. Now the three lines:

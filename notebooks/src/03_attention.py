@@ -7,7 +7,7 @@
 #
 # **By the end of this notebook you will be able to**
 #
-# - write scaled dot-product attention in five lines, and say why each of them is there;
+# - write scaled dot-product attention in four lines, and say why each of them is there;
 # - draw the masks that language models use, and say what goes wrong without them;
 # - explain heads and grouped heads, and compute what the latter save;
 # - look into a trained model, find heads by what they *do*, and test by experiment whether one matters;
@@ -25,7 +25,6 @@ import torch
 
 import minillm
 from minillm.transformer.attention import attention_mask, dot_product_attention, sdpa_attention
-from minillm.transformer.decoder import DecoderConfig, LayerConfig
 from minillm.transformer.kv import AttentionSpec, NoCache, PaddedBatch
 from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.viz import (
@@ -44,6 +43,7 @@ from minillm.viz import (
     plot_lookup,
     plot_masks,
     plot_scale,
+    published_model,
     show_source,
     token_names,
 )
@@ -136,7 +136,7 @@ show_source(dot_product_attention)
 batched = [x[None, None] for x in (q, k, v)]
 assert torch.allclose(dot_product_attention(*batched)[0, 0], output, atol=1e-6)
 assert torch.allclose(sdpa_attention(*batched)[0, 0], output, atol=1e-6)
-print("our five lines, the package and PyTorch agree")
+print("our four lines, the package and PyTorch agree")
 
 # %% [markdown]
 # ### Why divide by √d?
@@ -329,9 +329,9 @@ plt.show()
 
 # %% [markdown]
 # One could copy each key/value head to all of its queries (`repeat_interleave`) and go on as before; but then the
-# memory is read as often as before. The package copies nothing. The queries of one group meet the same keys, so they
-# are simply *more rows* of one matrix product: two heads of 5 queries are one head of 10. Find `grouped` in the source
-# of section 2: q is given another shape; k and v, the large ones, stay where they are.
+# memory is read as often as before. The package copies no keys and no values. The queries of one group meet the same
+# keys, so they are simply *more rows* of one matrix product: two heads of 5 queries are one head of 10. Find `grouped`
+# in the source of section 2: q is given another shape; k and v, the large ones, stay where they are.
 
 # %%
 torch.manual_seed(0)
@@ -344,20 +344,11 @@ expected = dot_product_attention(q6, *copied, causal[None, None])
 assert torch.allclose(dot_product_attention(q6, k2, v2, causal[None, None]), expected, atol=1e-6)
 
 # %% [markdown]
-# What is saved? A token leaves one key and one value in each layer and key/value head. Here is a configuration of the
-# size of Llama 3 8B (which has 8 key/value heads), with numbers of 2 bytes:
+# What is saved? A token leaves one key and one value in each layer and key/value head. Here is Llama 3 8B, which
+# has 8 key/value heads, as it is and with other numbers of them; each number takes 2 bytes:
 
 # %%
-llama = DecoderConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=14_336,
-    max_position_embeddings=8192,
-    layers=(LayerConfig(),) * 32,
-)
+llama = published_model("Llama-3-8B").config
 for name, kv_heads in (("MHA", 32), ("GQA", 8), ("MQA", 1)):
     each = replace(llama, num_kv_heads=kv_heads).kv_bytes_per_token(torch.bfloat16)
     print(f"{name}, {kv_heads:2d} KV heads: {each / 1024:4.0f} KiB a token,", end=" ")
@@ -426,9 +417,9 @@ explore_heads(model, tokenizer, text, layer=sharpest[0], head=sharpest[1])
 # ### Finding heads by measuring
 #
 # Thirty-six pictures invite stories. A better way is to say what a kind of head *would do*, turn it into a number, and
-# compute the number for every head, over many texts. We need texts: twenty stories of a kind that `tiny` has not seen
-# in training, each followed by a question. The last tokens are "The story is about", so the next must be the hero's
-# name.
+# compute the number for every head, over many texts. We need texts: twenty stories whose combination of hero, thing and
+# event `tiny` has not seen in training, each followed by a question. The last tokens are "The story is about", so the
+# next must be the hero's name.
 
 # %%
 from minillm.training.stories import tell
@@ -719,7 +710,7 @@ assert [projections, attention, total - projections - attention] == list(flops(c
 # %%
 lengths = [2**power for power in range(6, 18)]
 costs, crossings = {}, {}
-for name, config in (("tiny", model.config), ("size of Llama 3 8B", llama)):
+for name, config in (("tiny", model.config), ("Llama 3 8B", llama)):
     each = [flops(config, n) for n in lengths]
     costs[name] = {kind: [one[kind] for one in each] for kind in each[0]}
     once = flops(config, 1)
@@ -752,7 +743,7 @@ plt.show()
 
 # %%
 memory = {}
-large = "size of Llama 3 8B, 2-byte numbers"
+large = "Llama 3 8B, 2-byte numbers"
 for name, config, size in (("tiny, 4-byte numbers", model.config, 4), (large, llama, 2)):
     vectors = 2 * config.num_heads + 2 * config.num_kv_heads
     memory[name] = {
@@ -772,8 +763,9 @@ print(f"{everything:.0f} MiB of all the rest")
 # **FlashAttention** (Dao et al. 2022) never writes the scores down. It takes a few queries and walks along the keys in
 # tiles that fit into fast on-chip memory, keeping for each query a running maximum, a running sum and a running output;
 # when a later tile brings a larger maximum, what was summed before is rescaled. The result is exact, the memory grows
-# with $n$ and not with $n^2$, and although the arithmetic is the same it is faster, because moving numbers was the slow
-# part. Exercise 4 is the heart of it. PyTorch's fused attention works like this, on CPUs too:
+# with $n$ and not with $n^2$, and although it saves no arithmetic it is faster, because moving numbers was the slow
+# part. Exercise 4 is the heart of it. PyTorch's fused attention works like this, on CPUs too. (Told that the mask is
+# causal, it leaves out the tiles that are wholly hidden, half of the square: a part of what you see below.)
 
 # %%
 import time
@@ -808,7 +800,7 @@ ratio = measured["by hand"][-1] / measured["fused"][-1]
 print(f"at {timed_lengths[-1]:,} tokens, fused is {ratio:.1f} times faster")
 
 # %% [markdown]
-# Your times will differ; what should not is that the gap widens with the length. The package's `attend` chooses between
+# Your times will differ; on most machines the gap widens with the length. The package's `attend` chooses between
 # the two, and its docstring says how.
 #
 # ## What to take along

@@ -312,7 +312,7 @@ assert from_file == config
 print("config.json describes exactly the model that we built above")
 
 # %% [markdown]
-# The weights carry the names that Llama's authors gave them. Here are those of the first layer:
+# The weights carry the names of Hugging Face's Llama. Here are those of the first layer:
 
 # %%
 from minillm.models.checkpoint import iterate_weights
@@ -395,8 +395,24 @@ print(f"{len(ours)} greedy tokens, all equal")
 print(prompt + tokenizer.decode(ours))
 
 # %% [markdown]
-# That is the whole proof that the package gives for every family: same logits within rounding, same tokens.
-#
+# That is the whole proof that the package gives for every family: same logits within rounding, same tokens. And the
+# same lines load a model fifty times the size that has read a good part of the internet. (`minillm pull smollm2-135m`
+# brings it to your disk; without it, this cell says so.)
+
+# %% tags=["nbval-ignore-output"]
+from minillm.models.source import is_on_disk
+
+if is_on_disk("smollm2-135m"):
+    larger = minillm.load_model("smollm2-135m", dtype="float32", device="cpu")
+    its_tokenizer = minillm.get_tokenizer("smollm2-135m")
+    asked = its_tokenizer("The capital of France is").input_ids
+    store = ContiguousCache.for_decoder(larger, max_len=len(asked) + 20)
+    written = [step[0] for step in generate(larger, [asked], store, max_tokens=20)]
+    print(f"{sum(p.numel() for p in larger.parameters()):,} parameters:", its_tokenizer.decode(asked + written))
+else:
+    print("SmolLM2 is not on this disk; to see it: minillm pull smollm2-135m, then run this cell again")
+
+# %% [markdown]
 # ## 4 · What the model knows, token by token
 #
 # A decoder gives a prediction after *every* token, not only after the last. Because no token sees a later one, the
@@ -463,12 +479,12 @@ for number in range(25):
 means = {kind: sum(bits) / len(bits) for kind, bits in surprises.items()}
 for kind, bits in surprises.items():
     print(f"{kind:18}{len(bits):>6,} tokens, {means[kind]:5.2f} bits each on average")
-print(f"\n12 equally likely colours: {math.log2(12):.2f} bits")
+print(f"\n{len(colours)} equally likely colours: {math.log2(len(colours)):.2f} bits")
 assert means["name again"] < means["name, first time"] - 1
 assert means["everything else"] < 1
 
 # %% [markdown]
-# A surprise of $b$ bits is a probability of $2^{-b}$. The last line is what a fair draw among the 12 colours of this
+# A surprise of $b$ bits is a probability of $2^{-b}$. The last line is what a fair draw among the colours of this
 # world costs on average; no model can do better on a colour that nothing before it gives away.
 #
 # ### Perplexity
@@ -538,11 +554,13 @@ for token, count in begins.most_common(8):
     name = repr(tokenizer.decode([token]))
     print(f"{name:12} {count / 2000:6.1%} of stories, {own[token]:6.1%} says the model")
 distance = sum(abs(begins[token] / 2000 - float(own[token])) for token in range(config.vocab_size)) / 2
+print(f"shares of probability that would have to move to make both equal: {distance:.0%}")
 assert distance < 0.35
 
 # %% [markdown]
-# The model's probabilities come close to how often things happen. That is what training on the next token aims at, and
-# why drawing from the distribution just as it is (temperature 1, nothing cut) gives texts like those of the corpus.
+# Not equal, but of the same shape: what happens often is likely, and what never happens gets next to nothing. That is
+# what training on the next token aims at, and why drawing from the distribution just as it is (temperature 1, nothing
+# cut) gives texts like those of the corpus.
 #
 # ### Temperature
 #

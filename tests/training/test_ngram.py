@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, InvalidRequestError
 from minillm.training.ngram import NGram
 
 TEXTS = st.lists(st.lists(st.integers(0, 5), max_size=12), max_size=5)
@@ -40,5 +40,12 @@ def test_perplexity():
 
 
 def test_order_below_one_is_refused():
-    with pytest.raises(ConfigError, match="at least 1"):
-        NGram(0, 5)
+    for order, vocab_size in ((0, 5), (5, 0)):
+        with pytest.raises(ConfigError, match="at least 1"):
+            NGram(order, vocab_size)
+
+
+def test_perplexity_of_nothing_is_refused():
+    for documents in ([], [[3]]):
+        with pytest.raises(InvalidRequestError, match="two tokens"):
+            NGram(2, 5).perplexity(documents)

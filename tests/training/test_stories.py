@@ -72,6 +72,29 @@ def test_what_was_forgotten_had_not_been_taken_along():
     assert not [text for text in forgotten if " took the " in text or "never left home" in text]
 
 
+WHO_DID_IT = {
+    "Who found": r"Then (\w+) (?:looked (?!around)|called out)|At last (\w+) found",
+    "Who had the .* first": r"So (\w+) had the|(\w+) went first",
+    "Who had the .* after that": r"the turn of (\w+)\.|gave the \w+ to (\w+)\.",
+    "Who was afraid": r"(?:I am afraid,|Let us run away!)\" said (\w+)",
+    "Who went to look": r"(\w+) went closer|(\w+) opened both eyes",
+    "Who gave food": r"So (\w+) held out|\. (\w+) had [^.]*? and put it on the ground",
+    "Who fetched": r"(\w+) ran all the way back|So (\w+) went back",
+}
+
+
+@pytest.mark.parametrize("question", WHO_DID_IT)
+def test_the_one_who_did_it_is_the_one_in_the_answer(question):
+    checked = 0
+    for story in STORIES:
+        for asked in story.questions:
+            if re.match(question, asked.text):
+                (done_by,) = filter(None, re.search(WHO_DID_IT[question], story.text).groups())
+                assert asked.answer.startswith(done_by + " "), (story.text, asked)
+                checked += 1
+    assert checked > 50
+
+
 def test_one_question_has_one_answer():
     for story in STORIES:
         asked = Counter(question.text for question in story.questions)

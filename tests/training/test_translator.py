@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from minillm.errors import CheckpointError
+from minillm.errors import CheckpointError, ConfigError, InvalidRequestError
 from minillm.models.loader import num_parameters
+from minillm.training import translator as command
 from minillm.training.numbers import chinese, from_chinese, is_held_out
 from minillm.training.parallel import read_pairs
 from minillm.training.translator import (
@@ -70,8 +72,12 @@ def test_a_saved_translator_is_the_same(tmp_path):
     losses = trainer.train(progress=False)
     assert make_trainer(number_pairs(300), recipe)[0].train(progress=False) == losses
     translator.save(tmp_path)
+    loaded = Translator.load(tmp_path)
+    assert loaded.model.config == translator.model.config
+    for name, tensor in translator.model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     texts = ["nine", "one hundred and twelve"]
-    assert Translator.load(tmp_path).translate(texts, max_tokens=8) == translator.translate(texts, max_tokens=8)
+    assert loaded.translate(texts, max_tokens=8) == translator.translate(texts, max_tokens=8)
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no weights", "other sizes", "no such size"])
@@ -87,6 +93,39 @@ def test_a_damaged_folder_is_refused(tmp_path, shipped, damage):
         (tmp_path / "config.json").write_text(json.dumps(config | {"depth": 3}))
     with pytest.raises(CheckpointError):
         Translator.load(tmp_path)
+
+
+def test_the_numbers_command_trains_measures_and_writes(tmp_path, monkeypatch):
+    tried = dataclasses.replace(NUMBERS, hidden_size=16, num_heads=2, intermediate_size=32, layers=1, steps=2)
+    monkeypatch.setattr(command, "NUMBERS", tried)
+    monkeypatch.setattr(command, "NUMBER_PAIRS", 300)
+    command.numbers(out=tmp_path)
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result.keys() == EVALUATION.keys()
+    assert 0 <= result["all"] < 0.5
+    assert result["parameters"] == num_parameters(Translator.load(tmp_path).model)
+
+
+def test_what_cannot_be_translated_is_refused(shipped):
+    for texts, options in (
+        ([], {}),
+        ([""], {}),
+        (["seven " * 100], {}),
+        (["seven"], {"max_tokens": 0}),
+        (["seven"], {"num_beams": 0}),
+    ):
+        with pytest.raises(InvalidRequestError):
+            shipped.translate(texts, **options)
+    with pytest.raises(InvalidRequestError, match="batch_size"):
+        shipped.translate_all(["seven"], batch_size=0)
+    with pytest.raises(InvalidRequestError, match="count"):
+        exact_match(shipped, 0)
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        command.numbers(out=tmp_path / "file" / "folder")
 
 
 def test_the_corpus_command_reports_bleu(tmp_path):

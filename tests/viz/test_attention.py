@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -33,15 +32,6 @@ from minillm.viz import (
 )
 
 PNG = b"\x89PNG"
-
-
-@pytest.fixture(autouse=True)
-def _no_windows():
-    backend = matplotlib.get_backend()
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-    plt.switch_backend(backend)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +156,7 @@ def test_the_explorer_follows_its_controls(model, tokenizer):
 def test_names_show_spaces_and_line_ends(tokenizer):
     names = token_names(tokenizer, tokenizer("a kite\ncosts $").input_ids)
     text = "".join(names)
-    assert text == r"a␣kite⏎costs␣\$"
+    assert text == r"a␣kite↵costs␣\$"
 
 
 def test_the_lookup_draws_the_softmax_and_the_mean():
@@ -201,10 +191,10 @@ def test_maps_scores_and_masks_are_drawn_as_they_are():
 
 
 def test_a_text_is_shaded_by_the_weights():
-    tokens = ["Mia", "␣ran", ".", "⏎", "⏎", "Tom"]
+    tokens = ["Mia", "␣ran", ".", "↵", "↵", "Tom"]
     row = torch.tensor([0.5, 0.1, 0.1, 0.0, 0.0, 0.3])
     texts = plot_look_back({"head": row}, tokens, marked=[5]).axes[0].texts
-    assert [text.get_text() for text in texts] == ["Mia", "ran", ".", "⏎", "⏎", "Tom"]
+    assert [text.get_text() for text in texts] == ["Mia", "ran", ".", "↵", "↵", "Tom"]
     darkness = [1 - text.get_bbox_patch().get_facecolor()[0] for text in texts]
     assert sorted(range(6), key=darkness.__getitem__)[-2:] == [5, 0]
     assert texts[5].get_position() == (0, -1)

@@ -6,7 +6,6 @@ import random
 from itertools import pairwise
 
 import ipywidgets
-import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -28,15 +27,6 @@ from minillm.viz import (
 
 PNG = b"\x89PNG"
 TEXT = "Mia had a kite. 你好\nThe end"
-
-
-@pytest.fixture(autouse=True)
-def _no_windows():
-    backend = matplotlib.get_backend()
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-    plt.switch_backend(backend)
 
 
 @pytest.fixture(scope="module")

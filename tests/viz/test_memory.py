@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipywidgets
-import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -42,15 +41,6 @@ PARAMETERS = {  # as the models' own pages count them
     "GLM-4-9B": 9_399_951_360,
 }
 KIB = {"SmolLM2-135M": 22.5, "Llama-2-7B": 512, "Llama-3-8B": 128, "Qwen3-8B": 144, "GLM-4-9B": 40}
-
-
-@pytest.fixture(autouse=True)
-def _no_windows():
-    backend = matplotlib.get_backend()
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-    plt.switch_backend(backend)
 
 
 def small_model(tied: bool) -> Decoder:

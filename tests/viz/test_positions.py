@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import ipywidgets
-import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -26,15 +25,6 @@ from minillm.viz import (
 from minillm.viz.positions import EXPLORED, KEY_ANGLE, QUERY_ANGLE
 
 PNG = b"\x89PNG"
-
-
-@pytest.fixture(autouse=True)
-def _no_windows():
-    backend = matplotlib.get_backend()
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-    plt.switch_backend(backend)
 
 
 def rotated_pair(angle: float, position: int, pair: int, config: RotaryConfig) -> torch.Tensor:

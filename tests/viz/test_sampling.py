@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import ipywidgets
-import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -39,15 +38,6 @@ class Letters:
 
     def decode(self, tokens):
         return "".join(chr(64 + token) for token in tokens)
-
-
-@pytest.fixture(autouse=True)
-def _no_windows():
-    backend = matplotlib.get_backend()
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-    plt.switch_backend(backend)
 
 
 @pytest.fixture
