@@ -20,11 +20,11 @@ Message = dict[str, str]
 """One turn of a conversation: its role and its content."""
 
 HELD_OUT_SHARE = 0.05
-QUESTIONS = (5, 9)
+QUESTIONS = (7, 9)
 """Fewest and most questions about one story. Many: a question's answer is what teaches a model to look back."""
 SECOND_STORY_SHARE = 0.15
 KINDS = ("story", "told", "asked", "small talk")
-KIND_WEIGHTS = (15, 35, 45, 5)
+KIND_WEIGHTS = (10, 20, 65, 5)
 
 GREETINGS = ("Hello!", "Hi!", "Hi there.", "Good morning!", "Hey!", "Good evening.")
 GREETING = "Hello! Shall I tell you a story?"
@@ -187,9 +187,10 @@ def conversation(rng: random.Random, *, held_out: bool = False) -> list[Message]
 
 
 def finishing_documents(seed: int, count: int) -> Iterator[list[Message]]:
-    """Conversations, every other one a story and the one kind of question that is learned last: what the hero was like.
+    """Conversations, every other one a story and a question of the kinds that are learned last: about the hero.
 
-    All but that question are answered after a pass and a half over the corpus; asked often, it is learned in minutes.
+    What the hero was like and how the hero felt decides nothing else in a story. Most other questions are answered
+    after a pass and a half over the corpus; these, asked often, are learned in minutes.
     """
     rng = random.Random(f"finishing/{seed}")
     for number in range(count):
@@ -197,7 +198,8 @@ def finishing_documents(seed: int, count: int) -> Iterator[list[Message]]:
             yield conversation(rng)
         else:
             story = tell(rng)
-            (question,) = (q for q in story.questions if re.match(r"What kind of (girl|boy) ", q.text))
+            about_hero = [q for q in story.questions if re.match(r"What kind of (girl|boy) |How did \w+ feel ", q.text)]
+            question = rng.choice(about_hero)
             yield _turns(f"{story.text}\n\n{question.text}", question.answer)
 
 

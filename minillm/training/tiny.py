@@ -91,7 +91,7 @@ class Recipe:
     documents: int = 55_000
     tokenizer_documents: int = 20_000
     batch_tokens: int = 3072
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 200
     second_pass: float = 0.3
     weight_decay: float = 0.1
