@@ -5,6 +5,8 @@ Source: Vaswani et al. 2017, "Attention Is All You Need", §3.2; grouped queries
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -71,12 +73,13 @@ def sdpa_attention(
     Args:
         causal: query i sees keys 0…i; an alternative to a mask, for as many queries as keys.
     """
-    options = {"attn_mask": mask, "is_causal": causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    grouped = q.shape[1] != k.shape[1]
+    fused = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     if q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.requires_grad:
         # On a CPU the kernel's backward pass takes nearly twice as long in bfloat16 as in float32.
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, **options)
+            return fused(q.float(), k.float(), v.float()).to(q.dtype)
+    return fused(q, k, v)
 
 
 def attend(
