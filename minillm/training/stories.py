@@ -9,9 +9,8 @@ by the grammar in `story_parts.py`.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillm.training import story_parts as parts
 from minillm.training.split import hash_fraction
@@ -82,11 +81,13 @@ class Story:
     """A story, what may be asked about it, and how it may have been asked for.
 
     Attributes:
+        own_questions: those among them that its plot decides.
         combination: the hero's name, the thing and the event; some combinations are held out of training.
     """
 
     text: str
     questions: tuple[Question, ...]
+    own_questions: frozenset[Question]
     requests: tuple[str, ...]
     combination: tuple[str, str, str]
 
@@ -118,7 +119,8 @@ def tell(rng: random.Random, *, held_out: bool = False) -> Story:
     asked = [*parts.COMMON_QUESTIONS, *plot.questions, *plot.questions]  # what only this plot decides, more often
     questions = dict.fromkeys(Question(_fill(q, facts), _fill(a, facts)) for q, a in rng.sample(asked, len(asked)))
     requests = tuple(_fill(request, facts) for request in REQUESTS)
-    return Story(text, tuple(questions), requests, combination)
+    own = frozenset(Question(_fill(q, facts), _fill(a, facts)) for q, a in plot.questions)
+    return Story(text, tuple(questions), own, requests, combination)
 
 
 def _choose(rng: random.Random, beat: Sequence[str], plot: parts.Plot) -> str:
@@ -187,10 +189,10 @@ def conversation(rng: random.Random, *, held_out: bool = False) -> list[Message]
 
 
 def finishing_documents(seed: int, count: int) -> Iterator[list[Message]]:
-    """Conversations, every other one a story and a question of the kinds that are learned last: about the hero.
+    """Conversations, every other one a story and the questions about it that are learned last.
 
-    What the hero was like and how the hero felt decides nothing else in a story. Most other questions are answered
-    after a pass and a half over the corpus; these, asked often, are learned in minutes.
+    Those are what kind of day and of child it was, which decides nothing else in a story, and what only its own plot
+    decides. The others are answered after a pass and a third over the corpus; these, asked often, in minutes.
     """
     rng = random.Random(f"finishing/{seed}")
     for number in range(count):
@@ -198,9 +200,8 @@ def finishing_documents(seed: int, count: int) -> Iterator[list[Message]]:
             yield conversation(rng)
         else:
             story = tell(rng)
-            about_hero = [q for q in story.questions if re.match(r"What kind of (girl|boy) |How did \w+ feel ", q.text)]
-            question = rng.choice(about_hero)
-            yield _turns(f"{story.text}\n\n{question.text}", question.answer)
+            last = [q for q in story.questions if q.text.startswith("What kind of ") or q in story.own_questions]
+            yield _about(replace(story, questions=tuple(last)), "asked", len(last), rng)
 
 
 def _about(story: Story, kind: str, count: int, rng: random.Random) -> list[Message]:

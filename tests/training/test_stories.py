@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.training import story_parts as parts
-from minillm.training.stories import Story, conversation, documents, is_held_out, tell
+from minillm.training.stories import Story, conversation, documents, finishing_documents, is_held_out, tell
 
 STORIES = [tell(random.Random(seed)) for seed in range(1500)]
 NAMES = {*parts.GIRLS, *parts.BOYS}
@@ -70,6 +70,17 @@ def test_what_was_forgotten_had_not_been_taken_along():
     forgotten = [story.text for story in STORIES if story.combination[2] == "forgotten"]
     assert forgotten
     assert not [text for text in forgotten if " took the " in text or "never left home" in text]
+
+
+def test_finishing_documents_ask_what_is_learned_last():
+    plots = {q.partition(" {")[0] for plot in parts.PLOTS for q, _ in plot.questions}
+    for document in list(finishing_documents(0, 60))[::2]:
+        asked = [message["content"].rpartition("\n\n")[2] for message in document if message["role"] == "user"]
+        assert sum(text.startswith("What kind of ") for text in asked) == 2
+        assert len(asked) >= 5
+        assert all(text.startswith(("What kind of ", *plots)) for text in asked)
+        assert len(document) == 2 * len(asked)
+    assert list(finishing_documents(3, 4)) == list(finishing_documents(3, 4))
 
 
 WHO_DID_IT = {
