@@ -163,7 +163,7 @@ def make_trainer(recipe: Recipe, tokenizer: BytePairTokenizer, device: torch.dev
     decoder.reset_parameters(std=CONFIG["hidden_size"] ** -0.5)
     corpus = Batches(tokenizer, documents(recipe.seed, recipe.documents), recipe.batch_tokens, recipe.seed)
     finishing = Batches(
-        tokenizer, finishing_documents(recipe.seed, recipe.documents // 5), recipe.batch_tokens, recipe.seed
+        tokenizer, finishing_documents(recipe.seed, recipe.documents * 2 // 5), recipe.batch_tokens, recipe.seed
     )
     first, second, third = len(corpus), int(len(corpus) * recipe.second_pass), len(finishing)
 
