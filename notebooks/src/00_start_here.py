@@ -177,7 +177,7 @@ print(tokenizer.apply_chat_template(question, tokenize=False, add_generation_pro
 from minillm.models.tokenizer import stop_token_ids
 
 
-def answer(messages, max_tokens=150):
+def answer(messages, max_tokens=200):
     """What the model says next in a conversation."""
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     store = ContiguousCache.for_decoder(model, max_len=len(prompt) + max_tokens)

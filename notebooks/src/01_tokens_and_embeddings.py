@@ -583,7 +583,7 @@ for kind, words in kinds.items():
     print(f"{kind:9s} {len(words):2d} words: {trained_shares[kind]:4.0%} trained, {random_shares[kind]:4.0%} random")
 average = sum(trained_shares.values()) / len(kinds)
 print(f"on average {average:.0%}, against {sum(random_shares.values()) / len(kinds):.0%} by chance")
-assert trained_shares["colours"] >= 0.7
+assert min(trained_shares[kind] for kind in ("colours", "places", "feelings")) >= 0.7
 assert average > 1.5 * sum(random_shares.values()) / len(kinds)
 
 # %% [markdown]
@@ -643,8 +643,9 @@ for name, seen in maps.items():
     print(f"{name}: the means of girls and boys are {apart:.1f} standard deviations apart")
 
 # %% [markdown]
-# No list of girls was ever part of the training. But after a girl's name the stories say *she* and *her*, and a model
-# that predicts these words has to know. To be sure that the eye does not deceive us, we measure it without any plane:
+# On this plane they hardly part, no more than random vectors do: the directions in which names differ most are others.
+# Does the table not know, then? No list of girls was ever part of the training, but after a girl's name the stories say
+# *she* and *her*, and a model that predicts these words has to know. So we ask all 192 dimensions, without any plane:
 # is a name closer to the mean of the other girls or to the mean of the other boys?
 
 
@@ -660,11 +661,11 @@ def share_beside_own(table):
 
 
 print(f"trained {share_beside_own(table):.0%}, random {share_beside_own(random_table):.0%}")
-assert share_beside_own(table) > share_beside_own(random_table)
+assert share_beside_own(table) > 0.75 > share_beside_own(random_table)
 
 # %% [markdown]
-# What the texts connect, embeddings connect, whether anybody meant it or not. From texts of the world they learn its
-# prejudices in the same way (Bolukbasi et al. 2016).
+# It knows, and the map did not show it. What the texts connect, embeddings connect, whether anybody meant it or not.
+# From texts of the world they learn its prejudices in the same way (Bolukbasi et al. 2016).
 #
 # ## 6 · A large vocabulary
 #
