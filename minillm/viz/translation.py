@@ -122,7 +122,8 @@ def plot_exact_match(by_digits: Mapping[str, Mapping[int, float]]) -> Figure:
             label=name,
             color=colour,
         )
-    axes.set(xlabel="digits", ylabel="exactly right", ylim=(0, 1.05), title="Held-out numbers, by length")
+    axes.set(xlabel="digits", ylabel="exactly right", ylim=(0, 1.35), title="Held-out numbers, by length")
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])  # above them is room for the legend
     axes.set_xticks(sorted({digits for shares in by_digits.values() for digits in shares}))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     return _finish(figure, axes)

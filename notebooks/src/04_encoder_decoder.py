@@ -131,7 +131,7 @@ with torch.no_grad():
 plot_signal(sizes)
 plt.show()
 for name, values in sizes.items():
-    print(f"{name:20} size {values[-1]:.2f}, of which differs from one vector to another: {differences[name]:.1g}")
+    print(f"{name:20} size {values[-1]:.2f}, of which differs from one vector to another: {differences[name]:.2f}")
 
 # %% [markdown]
 # Without a residual connection the signal is gone after a few layers: what comes out is the layers' own biases, and it
