@@ -1,0 +1,105 @@
+"""The paged store: keys and values in blocks of one shared pool, found through block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minillm.cache.block_table import Copy
+from minillm.cache.reference import paged_attention, write_kv
+from minillm.errors import ConfigError, OutOfMemoryError
+from minillm.transformer.kv import CachedConfig
+
+
+class PagedBatch(NamedTuple):
+    """One call's tokens as a flat, ragged batch: all of the first sequence, then all of the second, without padding.
+
+    Attributes:
+        slot_mapping: where each token's key and value go: block × block_size + place, or `NO_SLOT`.
+        query_starts: where each sequence's tokens begin, and the end of the last one's.
+        seq_lens: tokens that each sequence has stored when this call's are.
+        block_tables: a sequence's blocks in order, in a row; anything behind them.
+        copies: blocks to copy before this call's tokens are written.
+    """
+
+    slot_mapping: Int[Tensor, "tokens"]
+    query_starts: Int[Tensor, "seqs_and_one"]
+    seq_lens: Int[Tensor, "seqs"]
+    block_tables: Int[Tensor, "seqs max_blocks"]
+    copies: Sequence[Copy] = ()
+
+
+class PagedKVCache:
+    """Keys and values as ``[num_blocks, kv_heads, block_size, head_dim]`` a layer.
+
+    One block number stands for its slots in every layer. Who holds which block is not known here (`BlockPool`).
+
+    Args:
+        config: of the model that will use it.
+        num_blocks: blocks of the pool.
+        block_size: tokens of a block.
+    """
+
+    remembers = True
+
+    def __init__(
+        self,
+        config: CachedConfig,
+        num_blocks: int,
+        block_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ConfigError(f"a cache needs at least one block of one token, not {num_blocks} of {block_size}")
+        self.specs = config.attention_specs
+        if not all(spec.causal for spec in self.specs):
+            raise ConfigError("a cache keeps what later tokens see of earlier ones: every layer must be causal")
+        shape = (2, len(self.specs), num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        try:
+            self.store = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            size = num_blocks * block_size * config.kv_bytes_per_token(dtype) / 2**30
+            raise OutOfMemoryError(
+                f"{size:.1f} GiB of keys and values do not fit on {device}: take fewer blocks"
+            ) from error
+        self._batch: PagedBatch | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory reserved for keys and values."""
+        return self.store.nbytes
+
+    def begin(self, batch: PagedBatch) -> None:
+        self._batch = batch
+        if batch.copies:
+            sources, targets = (list(blocks) for blocks in zip(*batch.copies, strict=True))
+            self.store[:, :, targets] = self.store[:, :, sources]
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads head_dim"],
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        batch, spec = self._batch, self.specs[layer]
+        assert batch is not None, "begin() says which tokens these are"
+        k_cache, v_cache = self.store[:, layer]
+        write_kv(k_cache, v_cache, k, v, batch.slot_mapping)
+        return paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.query_starts,
+            batch.seq_lens,
+            scale=spec.scale,
+            window=spec.window,
+            soft_cap=spec.soft_cap,
+        )
