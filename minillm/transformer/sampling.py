@@ -1,4 +1,6 @@
-"""From logits to a token: temperature, top-k, top-p and min-p as pure functions, and the draw.
+"""From logits to a token: temperature, top-k, top-p, min-p and penalties as pure functions, and the draw.
+
+A parameter is one number for all rows, or a column with one for each.
 
 Sources: top-k: Fan et al. 2018, "Hierarchical Neural Story Generation", §5.4; top-p: Holtzman et al. 2019, "The Curious
 Case of Neural Text Degeneration", §3.1; min-p: Nguyen et al. 2024, "Turning Up the Heat", §3.
@@ -18,18 +20,26 @@ from minillm.errors import InvalidRequestError
 MASKED = float("-inf")
 
 
-def apply_temperature(logits: Float[Tensor, "*batch vocab"], temperature: float) -> Float[Tensor, "*batch vocab"]:
+def apply_temperature(
+    logits: Float[Tensor, "*batch vocab"], temperature: float | Float[Tensor, "*batch 1"]
+) -> Float[Tensor, "*batch vocab"]:
     """Divide by the temperature (above 0): below 1 sharpens the distribution, above 1 flattens it."""
     return logits / temperature
 
 
-def keep_top_k(logits: Float[Tensor, "*batch vocab"], k: int) -> Float[Tensor, "*batch vocab"]:
+def keep_top_k(
+    logits: Float[Tensor, "*batch vocab"], k: int | Int[Tensor, "*batch 1"]
+) -> Float[Tensor, "*batch vocab"]:
     """Keep the k largest logits (and what ties with the last of them); the others become −inf."""
-    smallest_kept = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    ks = torch.as_tensor(k, device=logits.device).clamp(max=logits.shape[-1])
+    largest = logits.topk(int(ks.max()), dim=-1).values
+    smallest_kept = largest.gather(-1, (ks - 1).expand(*logits.shape[:-1], 1))
     return logits.masked_fill(logits < smallest_kept, MASKED)
 
 
-def keep_top_p(logits: Float[Tensor, "*batch vocab"], p: float) -> Float[Tensor, "*batch vocab"]:
+def keep_top_p(
+    logits: Float[Tensor, "*batch vocab"], p: float | Float[Tensor, "*batch 1"]
+) -> Float[Tensor, "*batch vocab"]:
     """Keep the fewest tokens whose probabilities sum to p or more; at least the likeliest."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
@@ -39,9 +49,44 @@ def keep_top_p(logits: Float[Tensor, "*batch vocab"], p: float) -> Float[Tensor,
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), MASKED)
 
 
-def keep_min_p(logits: Float[Tensor, "*batch vocab"], p: float) -> Float[Tensor, "*batch vocab"]:
+def keep_min_p(
+    logits: Float[Tensor, "*batch vocab"], p: float | Float[Tensor, "*batch 1"]
+) -> Float[Tensor, "*batch vocab"]:
     """Keep tokens at least p times as likely as the likeliest."""
-    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), MASKED)
+    least = logits.amax(dim=-1, keepdim=True) + torch.as_tensor(p, device=logits.device).log()
+    return logits.masked_fill(logits < least, MASKED)
+
+
+def apply_penalties(
+    logits: Float[Tensor, "batch vocab"],
+    written: Int[Tensor, "batch vocab"],
+    prompt: Int[Tensor, "batch vocab"],
+    repetition: Float[Tensor, "batch 1"],
+    presence: Float[Tensor, "batch 1"],
+    frequency: Float[Tensor, "batch 1"],
+) -> Float[Tensor, "batch vocab"]:
+    """Make what was written already less likely.
+
+    Repetition (Keskar et al. 2019, "CTRL", §4.1) divides the positive logits of tokens seen in prompt or answer and
+    multiplies the negative ones. Presence and frequency (OpenAI's) are taken from the logits of tokens in the answer,
+    once or as often as each was written.
+
+    Args:
+        written: how often each token stands in the answer.
+        prompt: how often in the prompt.
+    """
+    seen = (written > 0) | (prompt > 0)
+    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return logits - frequency * written - presence * (written > 0)
+
+
+def draw(probabilities: Float[Tensor, "batch vocab"], random: Float[Tensor, "batch"]) -> Int[Tensor, "batch"]:
+    """The token in whose share of [0, 1) the row's random number falls, shares being laid end to end."""
+    ends = probabilities.double().cumsum(dim=-1)
+    chosen = torch.searchsorted(ends, random.double()[:, None] * ends[:, -1:], right=True)[:, 0]
+    # Rounding may push the last number to the very end: then the last token that has a share.
+    last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(chosen, last)
 
 
 @dataclass(frozen=True)

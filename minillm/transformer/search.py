@@ -7,7 +7,7 @@ Sources: beam search as in Vaswani et al. 2017, §6.1 (4 beams, α = 0.6), with 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,7 +105,7 @@ def beam_search(
     for n in range(1, max_tokens + 1):
         best = best_continuations(log_probs, next_logits(model, tokens, memory, store))
         ends = (best.tokens == stop_id) | (n == max_tokens)
-        collect(finished, tokens, best, ends[:, :num_beams], stop_id, penalty(n, length_penalty))
+        collect(finished, tokens, best, ends[:, :num_beams], {stop_id}, penalty(n, length_penalty))
 
         log_probs, going = best.log_probs.masked_fill(ends, -math.inf).topk(num_beams)
         # Log-probabilities only fall, and no target is longer than max_tokens: no beam's score can come to exceed this.
@@ -132,12 +132,16 @@ class Continuations(NamedTuple):
     tokens: Int[Tensor, "batch continuations"]
 
 
-def best_continuations(log_probs: Float[Tensor, "batch beams"], logits: Float[Tensor, "rows vocab"]) -> Continuations:
-    """The best 2 · beams of beams · vocab. At most one a beam is the stop token, so enough of them go on."""
+def best_continuations(
+    log_probs: Float[Tensor, "batch beams"], logits: Float[Tensor, "rows vocab"], num_stops: int = 1
+) -> Continuations:
+    """The best of beams · vocab, so many that enough go on: at most `num_stops` of a beam are stop tokens."""
     batch_size, num_beams = log_probs.shape
     vocab_size = logits.shape[-1]
     steps = logits.log_softmax(dim=-1, dtype=torch.float32).view(batch_size, num_beams, vocab_size)
-    best, index = (log_probs[..., None] + steps).flatten(1).topk(2 * num_beams)
+    best, index = (
+        (log_probs[..., None] + steps).flatten(1).topk(min((1 + max(num_stops, 1)) * num_beams, num_beams * vocab_size))
+    )
     first_row = torch.arange(batch_size, device=logits.device)[:, None] * num_beams
     return Continuations(best, first_row + index // vocab_size, index % vocab_size)
 
@@ -147,7 +151,7 @@ def collect(
     tokens: Int[Tensor, "rows target"],
     best: Continuations,
     ends: Bool[Tensor, "batch beams"],
-    stop_id: int,
+    stop_ids: Collection[int],
     penalty: float,
 ) -> None:
     """Put what ends among the best `beams` continuations of each source into its list: best first, at most `beams`.
@@ -158,7 +162,7 @@ def collect(
     for source, rank in ends.nonzero().tolist():
         log_prob, token = float(best.log_probs[source, rank]), int(best.tokens[source, rank])
         if log_prob > -math.inf:
-            written = tokens[best.rows[source, rank], 1:].tolist() + [token] * (token != stop_id)
+            written = tokens[best.rows[source, rank], 1:].tolist() + [token] * (token not in stop_ids)
             finished[source].append(Hypothesis(written, log_prob / penalty))
             finished[source].sort(key=lambda hypothesis: -hypothesis.score)
             del finished[source][ends.shape[1] :]
