@@ -1,0 +1,189 @@
+"""What a caller may ask of a generation: the names, defaults and meanings of vLLM's parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from jaxtyping import Float
+from torch import Tensor
+
+from minillm.errors import InvalidRequestError
+
+LogitsProcessor = Callable[[list[int], Float[Tensor, "vocab"]], Float[Tensor, "vocab"]]
+"""(tokens written so far, logits of the next one) → other logits."""
+
+SEED_RANGE = (-(2**63), 2**64)
+
+
+class RequestOutputKind(Enum):
+    """What the outputs of a stream hold: everything so far, what is new, or nothing before the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass(kw_only=True)
+class SamplingParams:
+    """How to generate. Every field is vLLM's, with its default.
+
+    Attributes:
+        n: how many answers; they share the prompt's memory.
+        presence_penalty: taken from the logit of each token that was written, in [-2, 2].
+        frequency_penalty: the same, times how often, in [-2, 2].
+        repetition_penalty: divides positive logits (multiplies negative ones) of tokens of prompt and answer, above 0.
+        temperature: divides logits; 0 takes the likeliest token.
+        top_p: keep the fewest tokens whose probabilities sum to this, in (0, 1].
+        top_k: keep so many; 0 or -1 keeps all.
+        min_p: keep tokens at least this share as likely as the likeliest, in [0, 1].
+        seed: makes the draws repeatable, whatever else is generated at the same time.
+        stop: a text, or several, that ends an answer and is cut off.
+        stop_token_ids: tokens that end an answer.
+        ignore_eos: go on after the end-of-sequence token.
+        max_tokens: at most so many; None for all the room that there is.
+        min_tokens: no end before so many.
+        logprobs: give log-probabilities of so many likeliest tokens, and of the one chosen; -1 of all.
+        prompt_logprobs: the same for the prompt's tokens.
+        detokenize: whether to give text.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: as in transformers' slow tokenizers; only True is possible.
+        include_stop_str_in_output: keep the text that ended the answer.
+        output_kind: what the parts of a stream hold.
+        logit_bias: added to logits, by token, each clamped to [-100, 100].
+        allowed_token_ids: only these.
+        bad_words: texts that are not written.
+        logits_processors: functions of one's own, called one after the other before anything else.
+
+    Raises:
+        InvalidRequestError: a field outside its range; the message names both.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+
+    def __post_init__(self) -> None:
+        self.verify()
+
+    def verify(self) -> None:
+        """Raise InvalidRequestError for a field outside its range (fields may be assigned to)."""
+        for name, lowest, highest in (
+            ("n", 1, math.inf),
+            ("max_tokens", 1, math.inf),
+            ("min_tokens", 0, math.inf),
+            ("logprobs", -1, math.inf),
+            ("prompt_logprobs", -1, math.inf),
+            ("top_k", -1, math.inf),
+            ("seed", SEED_RANGE[0], SEED_RANGE[1] - 1),
+        ):
+            _check_int(name, getattr(self, name), lowest, highest)
+        for name, smallest, largest in (
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("temperature", 0.0, math.inf),
+            ("min_p", 0.0, 1.0),
+        ):
+            _check_number(name, getattr(self, name), smallest, largest)
+        for name, largest in (("repetition_penalty", math.inf), ("top_p", 1.0)):
+            _check_number(name, getattr(self, name), 0.0, largest, above=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})")
+        for name in ("stop", "bad_words"):
+            if any(not isinstance(text, str) or not text for text in _texts(getattr(self, name))):
+                raise InvalidRequestError(
+                    f"{name} holds an empty text or something else: give texts of one letter or more"
+                )
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError(
+                "stop is looked for in the text, and detokenize=False makes none: use stop_token_ids"
+            )
+        if not self.spaces_between_special_tokens:
+            raise InvalidRequestError("spaces_between_special_tokens=False is not implemented: leave it at True")
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            raise InvalidRequestError("allowed_token_ids is empty: nothing could be written")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return _texts(self.stop)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How to search with beams.
+
+    Attributes:
+        beam_width: how many beginnings are kept at each step, and answers returned.
+        max_tokens: at most so many.
+        ignore_eos: go on after the end-of-sequence token.
+        temperature: 0 and 1 search the model's own distribution; others sharpen or flatten it.
+        length_penalty: an answer's log-probability is divided by its length to this power.
+        include_stop_str_in_output: keep the end-of-sequence token in the text.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _check_int("beam_width", self.beam_width, 1, math.inf)
+        _check_int("max_tokens", self.max_tokens, 1, math.inf)
+        _check_number("temperature", self.temperature, 0.0, math.inf)
+        _check_number("length_penalty", self.length_penalty, -math.inf, math.inf)
+
+
+def _texts(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+def _check_int(name: str, value: int | None, lowest: float, highest: float) -> None:
+    if value is None and name in ("max_tokens", "logprobs", "prompt_logprobs", "seed"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise InvalidRequestError(f"{name} must be a whole number {_range(lowest, highest)}, not {value!r}")
+
+
+def _check_number(name: str, value: float, lowest: float, highest: float, *, above: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not lowest <= value <= highest or (above and value == lowest):
+        raise InvalidRequestError(f"{name} must be a number {_range(lowest, highest, above=above)}, not {value!r}")
+
+
+def _range(lowest: float, highest: float, *, above: bool = False) -> str:
+    if math.isinf(lowest):
+        return "that is finite"
+    start = f"above {lowest:g}" if above else f"of at least {lowest:g}"
+    return start if math.isinf(highest) else f"{start} and at most {highest:g}"

@@ -1,0 +1,198 @@
+"""The one place that knows of devices: the weights, the keys and values, and a step's tensors.
+
+A step's tokens are one flat batch without padding. The tensors that describe it are allocated once, as large as a step
+can be, and filled anew each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minillm.cache.block_table import BlockTable, Copy
+from minillm.cache.paged import PagedBatch, PagedKVCache
+from minillm.cache.reference import NO_SLOT
+from minillm.engine.request import Request
+from minillm.engine.scheduler import Schedule
+from minillm.errors import ConfigError, OutOfMemoryError
+from minillm.transformer.decoder import Decoder
+
+DEFAULT_CPU_KV_BYTES = 2**30
+"""Memory for keys and values on a CPU, where nothing else is said."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence, as a step computes them.
+
+    Attributes:
+        tokens: the tokens themselves.
+        start: position of the first.
+        table: where the sequence lies.
+        num_stored: leading ones that are stored already.
+        copies: blocks to copy before.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    table: BlockTable
+    num_stored: int = 0
+    copies: Sequence[Copy] = ()
+
+
+class StepLogits(NamedTuple):
+    """What a step's logits are wanted for.
+
+    Attributes:
+        next: a row for each scheduled part that samples, in order.
+        prompt: for the requests that ask, a row for each token of their part that another prompt token follows.
+    """
+
+    next: Float[Tensor, "rows vocab"]
+    prompt: dict[Request, Float[Tensor, "rows vocab"]]
+
+
+class ModelRunner:
+    """Computes hidden states and logits of steps.
+
+    Args:
+        decoder: the model.
+        num_blocks: blocks of keys and values.
+        max_num_seqs: sequences in a step.
+        max_num_batched_tokens: tokens in a step.
+        max_model_len: tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.decoder = decoder
+        self.device = decoder.device
+        self.kv = PagedKVCache(decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=self.device)
+        max_blocks = min(-(-max_model_len // block_size), num_blocks)
+        self._tokens = self._buffer(max_num_batched_tokens)
+        self._positions = self._buffer(max_num_batched_tokens)
+        self._slots = self._buffer(max_num_batched_tokens)
+        self._query_starts = self._buffer(max_num_seqs + 1)
+        self._seq_lens = self._buffer(max_num_seqs)
+        self._block_tables = self._buffer(max_num_seqs, max_blocks)
+
+    def _buffer(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def compute(self, step: Schedule) -> StepLogits:
+        """Compute a step's tokens, and the logits that somebody wants."""
+        chunks = [
+            Chunk(
+                part.request.tokens(part.start, part.start + part.count),
+                part.start,
+                part.request.table,
+                part.num_stored,
+                part.copies,
+            )
+            for part in step.scheduled
+        ]
+        hidden = self.hidden(chunks)
+        last, prompts, end = [], {}, 0
+        for part in step.scheduled:
+            start, end = end, end + part.count
+            if part.samples:
+                last.append(end - 1)
+            if part.wants_prompt_logprobs:
+                followed = min(part.count, len(part.request.prompt_token_ids) - 1 - part.start)
+                prompts[part.request] = self.logits(hidden[start : start + followed])
+        return StepLogits(self.logits(hidden[last]), prompts)
+
+    @torch.inference_mode()
+    def hidden(self, chunks: Sequence[Chunk]) -> Float[Tensor, "tokens hidden"]:
+        """The last layer's output for every token of a step."""
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + len(chunk.tokens))]
+        self.kv.begin(self._batch(chunks))
+        return self.decoder.hidden(_fill(self._tokens, tokens), _fill(self._positions, positions), self.kv)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """Scores of the next token, in float32."""
+        return self.decoder.logits(hidden).float()
+
+    def _batch(self, chunks: Sequence[Chunk]) -> PagedBatch:
+        slots: list[int] = []
+        starts = [0]
+        for chunk in chunks:
+            end = chunk.start + len(chunk.tokens)
+            slots += [NO_SLOT] * chunk.num_stored + chunk.table.slots(chunk.start + chunk.num_stored, end)
+            starts.append(starts[-1] + len(chunk.tokens))
+        width = max(len(chunk.table.blocks) for chunk in chunks)
+        rows = [chunk.table.blocks + [0] * (width - len(chunk.table.blocks)) for chunk in chunks]
+        tables = self._block_tables[: len(rows), :width]
+        tables.copy_(torch.tensor(rows))
+        lengths = [chunk.start + len(chunk.tokens) for chunk in chunks]
+        return PagedBatch(
+            _fill(self._slots, slots),
+            _fill(self._query_starts, starts),
+            _fill(self._seq_lens, lengths),
+            tables,
+            [copy for chunk in chunks for copy in chunk.copies],
+        )
+
+    def close(self) -> None:
+        """Give weights, keys and values back."""
+        del self.decoder, self.kv, self._tokens, self._positions, self._slots
+        del self._query_starts, self._seq_lens, self._block_tables
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _fill(buffer: Tensor, values: Sequence[int]) -> Tensor:
+    """The buffer's beginning, holding these values."""
+    part = buffer[: len(values)]
+    part.copy_(torch.tensor(values, dtype=buffer.dtype))
+    return part
+
+
+def num_kv_blocks(
+    decoder: Decoder, block_size: int, *, kv_cache_memory_bytes: int | None, gpu_memory_utilization: float
+) -> int:
+    """How many blocks there is memory for: on a CPU a number of bytes, on CUDA what the weights and a step leave.
+
+    Args:
+        kv_cache_memory_bytes: this much, on any device.
+        gpu_memory_utilization: share of a CUDA device's memory to use in all; measured after a step was computed.
+
+    Raises:
+        OutOfMemoryError: there is no room for one block.
+    """
+    block_bytes = block_size * decoder.config.kv_bytes_per_token(decoder.dtype)
+    if kv_cache_memory_bytes is None:
+        kv_cache_memory_bytes = DEFAULT_CPU_KV_BYTES
+        if decoder.device.type == "cuda":
+            total = torch.cuda.get_device_properties(decoder.device).total_memory
+            free, _ = torch.cuda.mem_get_info(decoder.device)
+            others = total - free - torch.cuda.memory_reserved(decoder.device)
+            peak = torch.cuda.max_memory_allocated(decoder.device)
+            kv_cache_memory_bytes = int(total * gpu_memory_utilization) - peak - others
+    if kv_cache_memory_bytes < block_bytes:
+        raise OutOfMemoryError(
+            f"{max(kv_cache_memory_bytes, 0) / 2**20:.1f} MiB are left for keys and values, and a block of "
+            f"{block_size} tokens takes {block_bytes / 2**20:.1f}: "
+            + ("raise gpu_memory_utilization" if decoder.device.type == "cuda" else "raise kv_cache_memory_bytes")
+            + ", choose a smaller model, or a smaller block_size"
+        )
+    return kv_cache_memory_bytes // block_bytes
+
+
+def check_gpu_memory_utilization(value: float) -> None:
+    """Raise ConfigError unless it is a share."""
+    if not 0 < value <= 1:
+        raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {value}")

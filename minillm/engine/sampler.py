@@ -1,0 +1,164 @@
+"""From a step's logits to its tokens: one pass over all rows, made of the pure functions of transformer/sampling.py.
+
+Every random request draws one number a token from a generator of its own, so its draws do not depend on what shares its
+batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minillm.engine.outputs import Logprob, TokenLogprobs
+from minillm.engine.request import Request
+from minillm.transformer.sampling import (
+    MASKED,
+    apply_penalties,
+    apply_temperature,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+)
+
+
+class Choice(NamedTuple):
+    """A request's next token, and the log-probabilities that it asked for."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Sampler:
+    """Chooses a token for each row.
+
+    Args:
+        end_ids: the model's end-of-sequence tokens, which `min_tokens` forbids.
+        decode: token → its text, for log-probabilities.
+    """
+
+    def __init__(self, end_ids: frozenset[int], decode: Callable[[int], str]) -> None:
+        self.end_ids = end_ids
+        self.decode = decode
+
+    def sample(self, logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> list[Choice]:
+        """The next token of each request; row i is what the model says after request i's last token."""
+        raw = logits
+        logits = penalise(self._restrict(logits, requests), requests)
+        chosen = choose(logits, requests).tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
+        for row, request in enumerate(requests):
+            if request.params.logprobs is not None:
+                logprobs[row] = self.logprobs(raw[row], chosen[row], request.params.logprobs)
+        return [Choice(token, found) for token, found in zip(chosen, logprobs, strict=True)]
+
+    def logprobs(self, logits: Float[Tensor, "vocab"], token: int, count: int) -> TokenLogprobs:
+        """Of one token and of the `count` likeliest (all where it is -1), by the model's own logits."""
+        values = logits.log_softmax(dim=-1)
+        best = values.topk(values.shape[-1] if count == -1 else min(count, values.shape[-1]))
+        rank = 1 + int((values > values[token]).sum())
+        found = {token: Logprob(float(values[token]), rank, self.decode(token))}
+        for place, (value, other) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1):
+            if other != token:
+                found[other] = Logprob(value, place, self.decode(other))
+        return found
+
+    def _restrict(
+        self, logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]
+    ) -> Float[Tensor, "rows vocab"]:
+        """What single requests forbid or prefer, before any penalty."""
+        rows = [row for row, request in enumerate(requests) if self._is_restricted(request)]
+        if not rows:
+            return logits
+        logits = logits.clone()
+        for row in rows:
+            logits[row] = self._restricted(logits[row], requests[row])
+        return logits
+
+    @staticmethod
+    def _is_restricted(request: Request) -> bool:
+        params = request.params
+        fields = (params.logits_processors, params.allowed_token_ids, params.logit_bias, request.bad_word_ids)
+        return any(fields) or len(request.output_token_ids) < params.min_tokens
+
+    def _restricted(self, row: Float[Tensor, "vocab"], request: Request) -> Float[Tensor, "vocab"]:
+        params, written = request.params, request.output_token_ids
+        for process in params.logits_processors or ():
+            row = process(list(written), row)
+        if params.allowed_token_ids is not None:
+            allowed = torch.tensor(params.allowed_token_ids, device=row.device)
+            row = torch.full_like(row, MASKED).index_copy(0, allowed, row[allowed])
+        for token, bias in (params.logit_bias or {}).items():
+            row[token] += min(max(bias, -100.0), 100.0)
+        banned = {word[-1] for word in request.bad_word_ids if written[len(written) + 1 - len(word) :] == word[:-1]}
+        if len(written) < params.min_tokens:
+            banned |= {*(params.stop_token_ids or ()), *self.end_ids}
+        row[sorted(banned)] = MASKED
+        return row
+
+
+def penalise(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Float[Tensor, "rows vocab"]:
+    """Repetition, presence and frequency penalties of the rows that have any."""
+    rows = [row for row, request in enumerate(requests) if _is_penalised(request)]
+    if not rows:
+        return logits
+    some, vocab = [requests[row] for row in rows], logits.shape[-1]
+    written = torch.stack([_counts(request.output_token_ids, vocab) for request in some]).to(logits.device)
+    prompts = torch.stack([_counts(request.prompt_token_ids, vocab) for request in some]).to(logits.device)
+    repetition, presence, frequency = (
+        _column([getattr(request.params, f"{name}_penalty") for request in some], logits.device)
+        for name in ("repetition", "presence", "frequency")
+    )
+    penalised = apply_penalties(logits[rows], written, prompts, repetition, presence, frequency)
+    return logits.index_copy(0, torch.tensor(rows, device=logits.device), penalised)
+
+
+def choose(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Int[Tensor, "rows"]:
+    """The likeliest token of greedy rows; a draw, after temperature, min-p, top-k and top-p, of the others."""
+    chosen = logits.argmax(dim=-1)
+    rows = [row for row, request in enumerate(requests) if not request.params.is_greedy]
+    if not rows:
+        return chosen
+    some = [requests[row] for row in rows]
+    at = torch.tensor(rows, device=logits.device)
+    probabilities = transform(logits[at], some).softmax(dim=-1)
+    chosen[at] = draw(probabilities, _column([_random(request) for request in some], logits.device)[:, 0])
+    return chosen
+
+
+def transform(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Float[Tensor, "rows vocab"]:
+    """Each row by its own parameters; what no row asks for is not computed."""
+    params, device = [request.params for request in requests], logits.device
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature is too small
+    logits = apply_temperature(logits, _column([p.temperature for p in params], device))
+    if any(p.min_p > 0 for p in params):
+        logits = keep_min_p(logits, _column([p.min_p for p in params], device))
+    if any(p.top_k > 0 for p in params):
+        all_of_them = logits.shape[-1]
+        logits = keep_top_k(logits, _column([p.top_k if p.top_k > 0 else all_of_them for p in params], device).long())
+    if any(p.top_p < 1 for p in params):
+        logits = keep_top_p(logits, _column([p.top_p if p.top_p < 1 else math.inf for p in params], device))
+    return logits
+
+
+def _random(request: Request) -> float:
+    assert request.generator is not None, "a request that draws has a generator"
+    return float(torch.rand((), generator=request.generator, dtype=torch.float64))
+
+
+def _column(values: Sequence[float], device: torch.device) -> Float[Tensor, "rows 1"]:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+
+def _is_penalised(request: Request) -> bool:
+    params = request.params
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _counts(tokens: Sequence[int], vocab_size: int) -> Int[Tensor, "vocab"]:
+    return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab_size)

@@ -1,0 +1,245 @@
+"""Which tokens of which requests are computed in the next step.
+
+Continuous batching (Yu et al. 2022, "Orca", §3.1): a request joins and leaves the batch at any step. Chunked prefill
+(Agrawal et al. 2024, "Sarathi-Serve", §4): a long prompt is computed in pieces that share their steps with other
+requests' next tokens, so that these do not wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from minillm.cache.block_pool import BlockPool
+from minillm.cache.block_table import Copy
+from minillm.engine.request import Request, Status
+from minillm.errors import ConfigError, InvalidRequestError
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How much a step may hold.
+
+    Attributes:
+        max_num_seqs: requests in one step.
+        max_num_batched_tokens: tokens in one step, over all requests.
+        max_model_len: tokens of one sequence, prompt and answer.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): each request needs one token a step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A request's share of a step: its tokens start … start + count - 1.
+
+    Attributes:
+        num_stored: leading tokens of these whose keys and values are stored already, and which are computed only for
+            their logits.
+        copies: blocks to copy before these tokens are written.
+    """
+
+    request: Request
+    start: int
+    count: int
+    num_stored: int = 0
+    copies: list[Copy] = field(default_factory=list)
+
+    @property
+    def samples(self) -> bool:
+        """Whether these are the last of its tokens, so that a next one can be chosen."""
+        return self.start + self.count == self.request.num_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the logits of prompt tokens in it are asked for."""
+        request = self.request
+        return request.params.prompt_logprobs is not None and self.start < len(request.prompt_token_ids) - 1
+
+
+@dataclass
+class Schedule:
+    """One step.
+
+    Attributes:
+        budget: tokens that may still be given out.
+        preempted: requests whose memory was taken.
+    """
+
+    budget: int
+    scheduled: list[Scheduled] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.count for part in self.scheduled)
+
+
+class Scheduler:
+    """Two queues, first come, first served.
+
+    Running requests come before waiting ones, and among them those that need one token (decodes) first. When a running
+    request needs a block and none is free, the youngest running request gives its blocks back and waits, in front; what
+    it had computed is computed again (Kwon et al. 2023, §4.5, "recomputation"). The oldest is never preempted, and a
+    request that could not run alone is refused when it comes, so something always ends.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue.
+
+        Raises:
+            InvalidRequestError: it could not be held even if it were alone.
+        """
+        longest = len(request.prompt_token_ids) + request.max_tokens
+        # The last token is given out and never stored.
+        blocks = -(-(longest - 1) // self.pool.block_size)
+        if blocks > self.pool.num_blocks:
+            raise InvalidRequestError(
+                f"{len(request.prompt_token_ids)} prompt tokens and max_tokens={request.max_tokens} need {blocks} "
+                f"blocks of keys and values, and there are {self.pool.num_blocks}: lower max_tokens, shorten the "
+                "prompt, or make the cache larger"
+            )
+        self.waiting.append(request)
+
+    def schedule(self) -> Schedule:
+        """The next step; empty only where there is nothing to do."""
+        step = Schedule(self.config.max_num_batched_tokens)
+        self._schedule_running(step)
+        if not step.preempted:
+            self._schedule_waiting(step)
+        return step
+
+    def _schedule_running(self, step: Schedule) -> None:
+        decodes = [request for request in self.running if request.num_uncomputed_tokens == 1]
+        others = [request for request in self.running if request.num_uncomputed_tokens > 1]
+        for request in decodes + others:
+            if step.budget and request.status is Status.RUNNING:
+                count = min(request.num_uncomputed_tokens, step.budget)
+                if self._make_room(request, count, step):
+                    self._take(request, count, step)
+
+    def _make_room(self, request: Request, count: int, step: Schedule) -> bool:
+        """Preempt the youngest until there is room; False where that was `request` itself."""
+        while request.table.blocks_for(count) > self.pool.num_free:
+            youngest = self.running[-1]
+            self._preempt(youngest, step)
+            if youngest is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request, step: Schedule) -> None:
+        for part in [part for part in step.scheduled if part.request is request]:
+            step.scheduled.remove(part)
+            step.budget += part.count
+        self.running.remove(request)
+        request.table.free()
+        request.num_computed_tokens = 0
+        request.status = Status.WAITING
+        request.metrics.num_preemptions += 1
+        self.waiting.appendleft(request)
+        step.preempted.append(request)
+
+    def _schedule_waiting(self, step: Schedule) -> None:
+        while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            num_stored = self._adopt_prefix(request)
+            count = min(request.num_uncomputed_tokens, step.budget)
+            if request.table.blocks_for(count - num_stored) > self.pool.num_free:
+                request.table.free()
+                request.num_computed_tokens = 0
+                return
+            self.waiting.popleft()
+            self.running.append(request)
+            request.status = Status.RUNNING
+            self._take(request, count, step, num_stored)
+
+    def _adopt_prefix(self, request: Request) -> int:
+        """Take the blocks that hold the request's beginning already.
+
+        Returns:
+            How many tokens must be computed although they are stored: 1 where everything is, for its logits; else 0.
+        """
+        if request.params.prompt_logprobs is not None:
+            request.num_cached_tokens = 0
+            return 0  # the logits of every prompt token are asked for
+        found = list(self._found_blocks(request))
+        request.table.adopt(found)
+        stored = request.table.num_tokens
+        request.num_computed_tokens = min(stored, request.num_tokens - 1)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
+        return stored - request.num_computed_tokens
+
+    def _found_blocks(self, request: Request) -> Iterator[int]:
+        if self.pool.enable_prefix_caching:
+            for content in request.hashes(request.num_tokens):
+                block = self.pool.find(content)
+                if block is None:
+                    return
+                yield block
+
+    def _take(self, request: Request, count: int, step: Schedule, num_stored: int = 0) -> None:
+        copies = request.table.append(count - num_stored)
+        step.scheduled.append(Scheduled(request, request.num_computed_tokens, count, num_stored, copies))
+        step.budget -= count
+
+    def computed(self, step: Schedule) -> None:
+        """The step has been computed: its tokens are stored, and full blocks can be found by others."""
+        for part in step.scheduled:
+            request = part.request
+            request.num_computed_tokens += part.count
+            if self.pool.enable_prefix_caching:
+                first = part.start // self.pool.block_size
+                full = request.hashes(request.num_computed_tokens)
+                for block, content in zip(request.table.blocks[first:], full[first:], strict=False):
+                    self.pool.remember(block, content)
+
+    def fork(self, parent: Request) -> list[Request]:
+        """The siblings that find a seat beside their parent begin with its memory; the others wait for their own.
+
+        Returns:
+            Those that run from now on.
+        """
+        seats = self.config.max_num_seqs - len(self.running)
+        forked, rest = parent.siblings[:seats], parent.siblings[seats:]
+        for request in forked:
+            request.table = parent.table.fork()
+            request.num_computed_tokens = parent.num_computed_tokens
+            request.num_cached_tokens = parent.num_cached_tokens
+            request.status = Status.RUNNING
+            self.running.append(request)
+        self.waiting.extendleft(reversed(rest))
+        parent.siblings = []
+        return forked
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, wherever it is, and give its memory back."""
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        elif request.status is Status.WAITING and request in self.waiting:
+            self.waiting.remove(request)
+        request.status = Status.FINISHED
+        request.table.free()

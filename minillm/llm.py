@@ -1,0 +1,469 @@
+"""The offline door: `LLM` loads a model and answers prompts, with vLLM's names, arguments and outputs."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, cast
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from minillm.cache.block_pool import BlockPool
+from minillm.engine.beam_search import beam_search
+from minillm.engine.engine import Engine
+from minillm.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from minillm.engine.params import BeamSearchParams, SamplingParams
+from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization, num_kv_blocks
+from minillm.engine.sampler import Sampler
+from minillm.engine.scheduler import Scheduler, SchedulerConfig
+from minillm.engine.trace import Trace
+from minillm.errors import ConfigError, InvalidRequestError, OutOfMemoryError, TokenizerError
+from minillm.models.loader import load_model
+from minillm.models.source import resolve
+from minillm.models.tokenizer import get_tokenizer, stop_token_ids
+from minillm.text import read_json
+from minillm.transformer.search import Hypothesis
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+Message = Mapping[str, Any]
+
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
+GENERATION_CONFIG = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+"""What generation_config.json may say of sampling."""
+
+
+class Metric(NamedTuple):
+    """A counter or gauge, named as the server names it."""
+
+    name: str
+    value: float
+
+
+class LLM:
+    """A model that generates text.
+
+    Every argument is vLLM's, with its default. What vLLM has and this engine cannot honour is an error.
+
+    Args:
+        model: a local folder or ``.gguf`` file, a hub id, or a short name (``tiny``).
+        tokenizer: where the tokenizer comes from, if not from the model.
+        skip_tokenizer_init: use none; prompts are token ids then, and answers have no text.
+        trust_remote_code: accepted; no code from a model's repository is ever executed.
+        tensor_parallel_size: only 1.
+        dtype: "auto", "float32", "bfloat16", "float16", or a torch.dtype.
+        quantization: only None.
+        seed: of the draws of requests without a seed of their own.
+        gpu_memory_utilization: share of a GPU's memory to use in all. On a CPU `kv_cache_memory_bytes` decides.
+        kv_cache_memory_bytes: memory for keys and values; on a CPU 1 GiB when None.
+        num_gpu_blocks_override: this many blocks of keys and values, whatever the memory.
+        max_model_len: tokens of a prompt and its answer; the model's context when None.
+        block_size: tokens of a block of keys and values.
+        enable_prefix_caching: find the blocks of a prompt's beginning that another request had.
+        max_num_seqs: requests in a step.
+        max_num_batched_tokens: tokens in a step.
+        enforce_eager: accepted; nothing is captured or compiled.
+        device: "auto", "cpu" or "cuda".
+        trace: record every step (`llm.trace`).
+
+    Raises:
+        MinillmError: a model that cannot be loaded, arguments that contradict each other or cannot be honoured, too
+            little memory; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        tensor_parallel_size: int = 1,
+        dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
+        seed: int = 0,
+        gpu_memory_utilization: float | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        num_gpu_blocks_override: int | None = None,
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        enforce_eager: bool = False,
+        device: str | torch.device = "auto",
+        trace: bool = False,
+        **unknown: Any,
+    ) -> None:
+        _refuse(unknown, tensor_parallel_size, quantization)
+        if trust_remote_code:
+            warnings.warn("trust_remote_code is not needed: no code from a model is executed", stacklevel=2)
+        path = resolve(model)
+        self._tokenizer = None if skip_tokenizer_init else get_tokenizer(path if tokenizer is None else tokenizer)
+        decoder = load_model(path, dtype=dtype, device=device)
+        if gpu_memory_utilization is not None and decoder.device.type == "cpu":
+            warnings.warn("gpu_memory_utilization decides nothing on a CPU: kv_cache_memory_bytes does", stacklevel=2)
+        share = DEFAULT_GPU_MEMORY_UTILIZATION if gpu_memory_utilization is None else gpu_memory_utilization
+        check_gpu_memory_utilization(share)
+        context = decoder.config.max_position_embeddings
+        if max_model_len is not None and max_model_len > context and decoder.config.positions == "learned":
+            raise ConfigError(f"max_model_len={max_model_len} is more than the {context} positions that the model has")
+        self.max_model_len = context if max_model_len is None else max_model_len
+        sizes = SchedulerConfig(max_num_seqs, max_num_batched_tokens, self.max_model_len)
+        num_blocks = num_gpu_blocks_override
+        if num_blocks is None:
+            room = num_kv_blocks(
+                decoder, block_size, kv_cache_memory_bytes=kv_cache_memory_bytes, gpu_memory_utilization=share
+            )
+            _check_context(self.max_model_len, room * block_size)
+            num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))  # more are never held
+        pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+        self._generation_config = _generation_config(path)
+        end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
+        self._pool, self._end_ids, self._sizes = pool, end_ids, sizes
+        self._runner: ModelRunner | None = ModelRunner(
+            decoder,
+            pool.num_blocks,
+            block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self.trace = Trace() if trace else None
+        self.engine = Engine(
+            Scheduler(sizes, pool),
+            self._runner,
+            Sampler(end_ids, self._decode_one),
+            vocab_size=decoder.config.vocab_size,
+            end_ids=end_ids,
+            tokenizer=self._tokenizer,
+            seed=seed,
+            trace=self.trace,
+        )
+        self._names = map(str, itertools.count())
+
+    # --- answering
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts, all at once; the outputs are in their order.
+
+        Args:
+            prompts: one or several texts, token ids, ``{"prompt": …}`` or ``{"prompt_token_ids": …}``.
+            sampling_params: for all, or one for each; what the model's publisher recommends when None.
+            use_tqdm: show progress.
+
+        Raises:
+            InvalidRequestError: a prompt or a parameter that cannot be; nothing has been generated then.
+        """
+        names = self._add(_many(prompts), sampling_params)
+        done: dict[str, RequestOutput] = {}
+        start = time.perf_counter()
+        with tqdm(total=len(names), desc="Processed prompts", disable=not use_tqdm) as bar:
+            for output in self._run(names):
+                if output.finished:
+                    done[output.request_id] = output
+                    written = sum(len(answer.token_ids) for one in done.values() for answer in one.outputs)
+                    bar.set_postfix_str(f"{written / (time.perf_counter() - start):.1f} tokens/s", refresh=False)
+                    bar.update()
+        return [done[name] for name in names]
+
+    def generate_stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Answer prompts and yield what there is after each step: everything so far, or as `output_kind` says.
+
+        Raises:
+            InvalidRequestError: as `generate`, at the first `next`.
+        """
+        yield from self._run(self._add(_many(prompts), sampling_params))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, written down by the model's chat template.
+
+        Args:
+            messages: ``[{"role": "user", "content": "…"}, …]``, or a list of such lists.
+            chat_template: another template than the tokenizer's.
+            add_generation_prompt: begin the assistant's turn.
+            continue_final_message: go on with the last message instead.
+            tools: passed to the template, likewise `chat_template_kwargs`.
+
+        Raises:
+            TokenizerError: no chat template, or one that refuses the conversation.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        prompts = [self._chat_ids(cast(Sequence[Message], conversation), options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The most probable answers, by beam search; one prompt after the other.
+
+        Raises:
+            InvalidRequestError: a prompt that cannot be, or more beams than `max_num_seqs`.
+            CacheFullError: the beams do not fit into memory.
+        """
+        if params.beam_width > self._sizes.max_num_seqs:
+            raise InvalidRequestError(
+                f"beam_width ({params.beam_width}) is above max_num_seqs ({self._sizes.max_num_seqs})"
+            )
+        ids = [self._token_ids(prompt)[1] for prompt in _many(prompts)]
+        for tokens in ids:
+            self._check_beam_prompt(tokens, params)
+        return [self._beams(tokens, params) for tokens in tqdm(ids, desc="Beam search", disable=not use_tqdm)]
+
+    # --- looking and tidying
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            TokenizerError: there is none.
+        """
+        if self._tokenizer is None:
+            raise TokenizerError("this LLM was made with skip_tokenizer_init=True")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's publisher recommends in generation_config.json, else vLLM's defaults."""
+        said = dict(self._generation_config)
+        if "max_new_tokens" in said:
+            said["max_tokens"] = said.pop("max_new_tokens")
+        return SamplingParams(**said)
+
+    def get_metrics(self) -> list[Metric]:
+        """Counters since the start, and how things stand."""
+        scheduler, counts = self.engine.scheduler, self.engine.counts
+        held = self._pool.num_blocks - self._pool.num_free
+        return [
+            Metric("minillm:num_requests_running", len(scheduler.running)),
+            Metric("minillm:num_requests_waiting", len(scheduler.waiting)),
+            Metric("minillm:kv_cache_usage_perc", held / self._pool.num_blocks),
+            *(Metric(f"minillm:{name}", value) for name, value in vars(counts).items()),
+        ]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what is stored; False, and nothing done, while requests hold blocks."""
+        if self._pool.num_free < self._pool.num_blocks:
+            return False
+        self._pool.forget_all()
+        return True
+
+    def close(self) -> None:
+        """Give all memory back; the LLM answers no more."""
+        if self._runner is not None:
+            self.engine.close()
+            self._runner = None
+            gc.collect()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside
+
+    def _add(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[str]:
+        """Take all requests in, or none."""
+        self._check_open()
+        if not isinstance(params, Sequence):
+            params = [self.get_default_sampling_params() if params is None else params] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts and {len(params)} sampling_params: give one for all or each"
+            )
+        names: list[str] = []
+        try:
+            for prompt, one in zip(prompts, params, strict=True):
+                text, ids = self._token_ids(prompt)
+                name = next(self._names)
+                self.engine.add_request(name, ids, one, prompt=text)
+                names.append(name)
+        except BaseException:
+            self._abort(names)
+            raise
+        return names
+
+    def _run(self, names: Sequence[str]) -> Iterator[RequestOutput]:
+        """Step until these requests are done; whoever stops listening stops them."""
+        left = set(names)
+        try:
+            while left:
+                for output in self.engine.step():
+                    if output.finished:
+                        left.discard(output.request_id)
+                    yield output
+        finally:
+            self._abort(left)
+
+    def _abort(self, names: Sequence[str] | set[str]) -> None:
+        for name in names:
+            self.engine.abort(name)
+
+    def _check_open(self) -> ModelRunner:
+        if self._runner is None:
+            raise InvalidRequestError("this LLM is closed: make a new one")
+        return self._runner
+
+    def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, if it has one, and its tokens."""
+        if isinstance(prompt, Mapping):
+            unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
+            if unknown or len(prompt) != 1:
+                raise InvalidRequestError(
+                    f"a prompt is {{'prompt': text}} or {{'prompt_token_ids': ids}}, not a dict of {', '.join(prompt)}"
+                )
+            prompt = cast(Prompt, next(iter(prompt.values())))
+        if isinstance(prompt, str):
+            return prompt, encode_prompt(self.get_tokenizer(), prompt)
+        ids = list(prompt)
+        if not all(isinstance(token, int) for token in ids):
+            raise InvalidRequestError(
+                "a prompt is a text or a list of token ids: give several prompts as a list of these"
+            )
+        return None, cast(list[int], ids)
+
+    def _chat_ids(self, conversation: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
+        tokenizer = self.get_tokenizer()
+        if not tokenizer.chat_template and options["chat_template"] is None:
+            raise TokenizerError("this model has no chat template: use generate, or give chat_template")
+        try:
+            found = tokenizer.apply_chat_template(
+                [dict(message) for message in conversation], tokenize=True, return_dict=False, **options
+            )
+        except Exception as error:  # a template may raise what it likes
+            raise TokenizerError(f"the chat template refuses this conversation: {error}") from error
+        return cast(list[int], found)
+
+    def _check_beam_prompt(self, tokens: Sequence[int], params: BeamSearchParams) -> None:
+        vocab_size = self._check_open().decoder.config.vocab_size
+        outside = [token for token in tokens if not 0 <= token < vocab_size]
+        if not tokens or outside:
+            raise InvalidRequestError(
+                f"the prompt must hold token ids in [0, {vocab_size}), not {outside[:5]}"
+                if outside
+                else "the prompt is empty"
+            )
+        if len(tokens) + params.max_tokens > self.max_model_len:
+            raise InvalidRequestError(
+                f"{len(tokens)} prompt tokens and max_tokens={params.max_tokens} exceed max_model_len="
+                f"{self.max_model_len}"
+            )
+
+    def _beams(self, tokens: list[int], params: BeamSearchParams) -> BeamSearchOutput:
+        found = beam_search(
+            self._check_open(),
+            self._pool,
+            tokens,
+            params,
+            end_ids=self._end_ids,
+            max_num_batched_tokens=self._sizes.max_num_batched_tokens,
+        )
+        return BeamSearchOutput(
+            [
+                BeamSearchSequence(
+                    tokens + beam.tokens,
+                    beam.score * _length(beam, params) ** params.length_penalty,
+                    beam.score,
+                    self._decode(beam.tokens),
+                    "length" if len(beam.tokens) == params.max_tokens else "stop",
+                )
+                for beam in found
+            ]
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        return "" if self._tokenizer is None else cast(str, self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _decode_one(self, token: int) -> str:
+        return "" if self._tokenizer is None else cast(str, self._tokenizer.decode([token]))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's tokens, with the special tokens that the tokenizer puts in front, unless the text begins with them."""
+    ids: list[int] = tokenizer(text).input_ids
+    plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    at = len(ids) - len(plain)
+    has_them = at > 0 and ids[at:] == plain and plain[:at] == ids[:at]
+    return plain if has_them else ids
+
+
+def _length(beam: Hypothesis, params: BeamSearchParams) -> int:
+    """Tokens that a beam's score counts: the end token too, where there is one."""
+    return min(len(beam.tokens) + 1, params.max_tokens)
+
+
+def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt as a list of one."""
+    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    if not prompts:
+        raise InvalidRequestError("there is no prompt: give at least one")
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _refuse(unknown: Mapping[str, Any], tensor_parallel_size: int, quantization: str | None) -> None:
+    """Raise for arguments that cannot be honoured."""
+    if unknown:
+        raise ConfigError(f"LLM does not have {', '.join(sorted(unknown))}: leave it out (help(LLM) lists what it has)")
+    if tensor_parallel_size != 1:
+        raise ConfigError(
+            f"tensor_parallel_size={tensor_parallel_size}: only 1 is possible; where memory is short, choose a smaller "
+            "model, dtype='bfloat16' or a GGUF file, or lower max_model_len"
+        )
+    if quantization is not None:
+        raise ConfigError(f"quantization={quantization!r} is not implemented: leave it out, or load a GGUF file")
+
+
+def _check_context(max_model_len: int, room: int) -> None:
+    """Raise where not even one sequence of full length fits."""
+    if max_model_len > room:
+        raise OutOfMemoryError(
+            f"a sequence of max_model_len={max_model_len} tokens does not fit into the {room} for which there is "
+            f"memory: set max_model_len={room} or lower, or raise kv_cache_memory_bytes (on a GPU, "
+            "gpu_memory_utilization)"
+        )
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    if path.is_file() or not file.exists():
+        return {}
+    said = read_json(file, ConfigError)
+    return {name: said[name] for name in GENERATION_CONFIG if said.get(name) is not None}
