@@ -99,7 +99,9 @@ def test_quick_chat_applies_the_template(folder):
 
 def start_chat(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-u", "-m", "minillm", "chat", "-m", str(folder), *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # A shell's background jobs, and what they start, would ignore Ctrl-C.
+    return subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_chat_remembers_the_conversation_and_ends_at_exit(folder):
