@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from minillm.cache.block_pool import BlockPool
+from minillm.checks import check_token_ids
 from minillm.engine.beam_search import beam_search
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
@@ -372,14 +373,9 @@ class LLM:
         return cast(list[int], found)
 
     def _check_beam_prompt(self, tokens: Sequence[int], params: BeamSearchParams) -> None:
-        vocab_size = self._check_open().decoder.config.vocab_size
-        outside = [token for token in tokens if not 0 <= token < vocab_size]
-        if not tokens or outside:
-            raise InvalidRequestError(
-                f"the prompt must hold token ids in [0, {vocab_size}), not {outside[:5]}"
-                if outside
-                else "the prompt is empty"
-            )
+        check_token_ids(tokens, self._check_open().decoder.config.vocab_size, "prompt")
+        if not tokens:
+            raise InvalidRequestError("the prompt is empty: give it at least one token")
         if len(tokens) + params.max_tokens > self.max_model_len:
             raise InvalidRequestError(
                 f"{len(tokens)} prompt tokens and max_tokens={params.max_tokens} exceed max_model_len="

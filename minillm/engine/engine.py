@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minillm.cache.block_table import BlockTable
+from minillm.checks import check_token_ids
 from minillm.engine.detokenizer import Detokenizer
 from minillm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from minillm.engine.params import RequestOutputKind, SamplingParams
@@ -190,9 +191,7 @@ class Engine:
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("logit_bias", params.logit_bias or ()),
         ):
-            outside = [token for token in ids if not 0 <= token < self.vocab_size]
-            if outside:
-                raise InvalidRequestError(f"{what}: token ids must be in [0, {self.vocab_size}), not {outside[:5]}")
+            check_token_ids(ids, self.vocab_size, what)
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidRequestError("stop and bad_words are texts, and this engine has no tokenizer")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from minillm.cache.block_pool import BlockPool
 from minillm.cache.block_table import Copy
+from minillm.checks import check_sizes
 from minillm.engine.request import Request, Status
 from minillm.errors import ConfigError, InvalidRequestError
 
@@ -32,9 +33,7 @@ class SchedulerConfig:
     max_model_len: int
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_sizes(self, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minillm.checks import check_sizes
 from minillm.errors import ConfigError, InvalidRequestError
 from minillm.transformer.blocks import NormPlacement, TransformerBlock
 from minillm.transformer.feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
@@ -82,7 +83,8 @@ class DecoderConfig:
     logits_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
+        check_sizes(
+            self,
             "vocab_size",
             "hidden_size",
             "num_heads",
@@ -91,9 +93,6 @@ class DecoderConfig:
             "intermediate_size",
             "max_position_embeddings",
         )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.activation not in ACTIVATIONS:

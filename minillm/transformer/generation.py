@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from minillm.checks import check_token_ids
 from minillm.errors import InvalidRequestError
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.kv import KVStore, NoCache, PaddedBatch, pad_right
@@ -59,9 +61,7 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_tokens
         raise InvalidRequestError("every prompt needs at least one token")
     if max_tokens < 1:
         raise InvalidRequestError(f"max_tokens must be at least 1, not {max_tokens}")
-    outside = {token for prompt in prompts for token in prompt if not 0 <= token < config.vocab_size}
-    if outside:
-        raise InvalidRequestError(f"token ids must be in [0, {config.vocab_size}), not {sorted(outside)[:5]}")
+    check_token_ids(itertools.chain.from_iterable(prompts), config.vocab_size)
     longest = max(map(len, prompts)) + max_tokens
     if longest > config.max_position_embeddings:
         raise InvalidRequestError(

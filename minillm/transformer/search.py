@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minillm.checks import check_token_ids
 from minillm.errors import InvalidRequestError
 from minillm.transformer.kv import KVStore, NoCache, PaddedBatch, ReorderableStore, pad_right
-from minillm.transformer.seq2seq import Memory, Seq2Seq, check_eval_mode, check_ids
+from minillm.transformer.seq2seq import Memory, Seq2Seq, check_eval_mode
 
 
 class Hypothesis(NamedTuple):
@@ -197,7 +198,7 @@ def check_request(
     config = model.config
     if not sources or not all(sources):
         raise InvalidRequestError("every source needs at least one token")
-    check_ids(model, {start_id, stop_id}.union(*sources))
+    check_token_ids({start_id, stop_id}.union(*sources), config.vocab_size)
     if not 1 <= max_tokens <= config.max_position_embeddings:
         raise InvalidRequestError(
             f"max_tokens must be between 1 and the model's {config.max_position_embeddings} positions, not {max_tokens}"

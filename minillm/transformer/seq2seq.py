@@ -7,7 +7,7 @@ decoder then writes the target, one token a step, on any key/value store.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from minillm.checks import check_sizes, check_token_ids
 from minillm.errors import ConfigError, InvalidRequestError
 from minillm.transformer.blocks import CrossAttentionBlock, TransformerBlock
 from minillm.transformer.feed_forward import ACTIVATIONS, FeedForward
@@ -52,7 +53,8 @@ class Seq2SeqConfig:
     attention_bias: bool = True
 
     def __post_init__(self) -> None:
-        sizes = (
+        check_sizes(
+            self,
             "vocab_size",
             "hidden_size",
             "num_heads",
@@ -61,9 +63,6 @@ class Seq2SeqConfig:
             "num_decoder_layers",
             "max_position_embeddings",
         )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
         if not 0 <= self.dropout < 1:
@@ -256,14 +255,6 @@ def check_eval_mode(model: Seq2Seq) -> None:
         raise InvalidRequestError("the model is in training mode, where dropout is random: call model.eval() first")
 
 
-def check_ids(model: Seq2Seq, tokens: Iterable[int]) -> None:
-    """Raise InvalidRequestError for token ids that the vocabulary does not have."""
-    vocab_size = model.config.vocab_size
-    outside = sorted({token for token in tokens if not 0 <= token < vocab_size})
-    if outside:
-        raise InvalidRequestError(f"token ids must be in [0, {vocab_size}), not {outside[:5]}")
-
-
 @torch.inference_mode()
 def cross_attention_weights(
     model: Seq2Seq, source: Sequence[int], target: Sequence[int]
@@ -277,7 +268,7 @@ def cross_attention_weights(
             in training mode.
     """
     check_eval_mode(model)
-    check_ids(model, {*source, *target})
+    check_token_ids({*source, *target}, model.config.vocab_size)
     weights: list[Tensor] = []
 
     def look(layer: CrossAttention, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:

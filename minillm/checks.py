@@ -1,0 +1,23 @@
+"""What several parts ask of what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from minillm.errors import ConfigError, InvalidRequestError
+
+
+def check_token_ids(tokens: Iterable[int], vocab_size: int, what: str = "") -> None:
+    """Raise InvalidRequestError for ids that the vocabulary does not have; `what` says whose they are."""
+    outside = sorted({token for token in tokens if not 0 <= token < vocab_size})
+    if outside:
+        whose = f"{what}: " if what else ""
+        raise InvalidRequestError(f"{whose}token ids must be in [0, {vocab_size}), not {outside[:5]}")
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raise ConfigError unless each of these fields is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
