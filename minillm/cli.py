@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from minillm import __version__
-from minillm.errors import InvalidRequestError, MinillmError, TokenizerError
+from minillm.errors import InvalidRequestError, MinillmError
+from minillm.text import HALF_A_CHARACTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from minillm.transformer.sampling import Sampling
 
 DEFAULT_MODEL = "tiny"
-HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 app = typer.Typer(
@@ -272,15 +272,11 @@ def _answer(writer: Writer, conversation: list[dict[str, str]], stats: bool) -> 
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
-    if not tokenizer.chat_template:
-        raise TokenizerError("this model has no chat template: it continues text; use `minillm generate`")
+    from minillm.models.tokenizer import chat_token_ids
+
     for message in conversation:
         _whole_characters(message["content"])
-    try:
-        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # a template may raise what it likes
-        raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
-    return cast(list[int], ids)
+    return chat_token_ids(tokenizer, conversation, add_generation_prompt=True)
 
 
 def _messages() -> Iterator[str]:

@@ -28,7 +28,7 @@ from minillm.engine.trace import Trace
 from minillm.errors import ConfigError, InvalidRequestError, OutOfMemoryError, TokenizerError
 from minillm.models.loader import load_model
 from minillm.models.source import resolve
-from minillm.models.tokenizer import get_tokenizer, stop_token_ids
+from minillm.models.tokenizer import chat_token_ids, get_tokenizer, stop_token_ids
 from minillm.text import read_json
 from minillm.transformer.search import Hypothesis
 
@@ -225,7 +225,9 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        prompts = [self._chat_ids(cast(Sequence[Message], conversation), options) for conversation in conversations]
+        prompts = [
+            chat_token_ids(self.get_tokenizer(), cast(Sequence[Message], one), **options) for one in conversations
+        ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def beam_search(
@@ -359,18 +361,6 @@ class LLM:
                 "a prompt is a text or a list of token ids: give several prompts as a list of these"
             )
         return None, cast(list[int], ids)
-
-    def _chat_ids(self, conversation: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
-        tokenizer = self.get_tokenizer()
-        if not tokenizer.chat_template and options["chat_template"] is None:
-            raise TokenizerError("this model has no chat template: use generate, or give chat_template")
-        try:
-            found = tokenizer.apply_chat_template(
-                [dict(message) for message in conversation], tokenize=True, return_dict=False, **options
-            )
-        except Exception as error:  # a template may raise what it likes
-            raise TokenizerError(f"the chat template refuses this conversation: {error}") from error
-        return cast(list[int], found)
 
     def _check_beam_prompt(self, tokens: Sequence[int], params: BeamSearchParams) -> None:
         check_token_ids(tokens, self._check_open().decoder.config.vocab_size, "prompt")

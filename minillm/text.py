@@ -1,4 +1,4 @@
-"""Two small things that every reader of model files needs: a JSON object from a file, and a list cut short."""
+"""Small things that several parts need: a JSON object from a file, a list cut short, the sign of half a character."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import MinillmError
+
+HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""What a decoded text ends in while the last bytes of a character are missing."""
 
 
 def read_json(path: Path, error_type: type[MinillmError]) -> dict[str, Any]:

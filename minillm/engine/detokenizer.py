@@ -7,7 +7,8 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-HALF_A_CHARACTER = "�"
+from minillm.text import HALF_A_CHARACTER
+
 CONTEXT = 5
 """Tokens of the prompt that are decoded along, so that a tokenizer knows whether a space stands before a word."""
 

@@ -16,15 +16,7 @@ from torch import Tensor
 
 from minillm.engine.outputs import Logprob, TokenLogprobs
 from minillm.engine.request import Request
-from minillm.transformer.sampling import (
-    MASKED,
-    apply_penalties,
-    apply_temperature,
-    draw,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-)
+from minillm.transformer.sampling import MASKED, apply_penalties, draw, transform
 
 
 class Choice(NamedTuple):
@@ -126,24 +118,23 @@ def choose(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> 
         return chosen
     some = [requests[row] for row in rows]
     at = torch.tensor(rows, device=logits.device)
-    probabilities = transform(logits[at], some).softmax(dim=-1)
+    probabilities = transformed(logits[at], some).softmax(dim=-1)
     chosen[at] = draw(probabilities, _column([_random(request) for request in some], logits.device)[:, 0])
     return chosen
 
 
-def transform(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Float[Tensor, "rows vocab"]:
+def transformed(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Float[Tensor, "rows vocab"]:
     """Each row by its own parameters; what no row asks for is not computed."""
-    params, device = [request.params for request in requests], logits.device
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature is too small
-    logits = apply_temperature(logits, _column([p.temperature for p in params], device))
+    params, device, vocab = [request.params for request in requests], logits.device, logits.shape[-1]
+    min_p, top_k, top_p = None, None, None
     if any(p.min_p > 0 for p in params):
-        logits = keep_min_p(logits, _column([p.min_p for p in params], device))
+        min_p = _column([p.min_p for p in params], device)
     if any(p.top_k > 0 for p in params):
-        all_of_them = logits.shape[-1]
-        logits = keep_top_k(logits, _column([p.top_k if p.top_k > 0 else all_of_them for p in params], device).long())
+        top_k = _column([p.top_k if p.top_k > 0 else vocab for p in params], device).long()
     if any(p.top_p < 1 for p in params):
-        logits = keep_top_p(logits, _column([p.top_p if p.top_p < 1 else math.inf for p in params], device))
-    return logits
+        top_p = _column([p.top_p if p.top_p < 1 else math.inf for p in params], device)
+    temperature = _column([p.temperature for p in params], device)
+    return transform(logits, temperature, min_p=min_p, top_k=top_k, top_p=top_p)
 
 
 def _random(request: Request) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -44,6 +46,27 @@ def get_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         hint = "" if (path / "tokenizer.json").exists() or not pieces.exists() else NEEDED_LIBRARIES
         raise TokenizerError(f"the tokenizer in {path} cannot be read: {error}{hint}") from error
     return tokenizer
+
+
+def chat_token_ids(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Mapping[str, Any]], **options: Any
+) -> list[int]:
+    """A conversation as the model's chat template writes it down.
+
+    Args:
+        options: passed to transformers' `apply_chat_template`.
+
+    Raises:
+        TokenizerError: no chat template, or one that refuses the conversation.
+    """
+    if not tokenizer.chat_template and options.get("chat_template") is None:
+        raise TokenizerError("this model has no chat template: it continues text; use `generate`, or give a template")
+    messages = [dict(message) for message in conversation]
+    try:
+        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    except Exception as error:  # a template may raise what it likes
+        raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
+    return cast(list[int], found)
 
 
 def stop_token_ids(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -89,6 +89,26 @@ def draw(probabilities: Float[Tensor, "batch vocab"], random: Float[Tensor, "bat
     return torch.minimum(chosen, last)
 
 
+def transform(
+    logits: Float[Tensor, "*batch vocab"],
+    temperature: float | Float[Tensor, "*batch 1"],
+    *,
+    min_p: float | Float[Tensor, "*batch 1"] | None = None,
+    top_k: int | Int[Tensor, "*batch 1"] | None = None,
+    top_p: float | Float[Tensor, "*batch 1"] | None = None,
+) -> Float[Tensor, "*batch vocab"]:
+    """The logits to draw from, in vLLM's order: temperature, min-p, top-k, top-p; what is None keeps all."""
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no temperature is too small
+    logits = apply_temperature(logits, temperature)
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return logits
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose the next token. The defaults sample from the model's own distribution.
@@ -132,16 +152,9 @@ class Sampling:
         return generator
 
     def transform(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
-        """The logits to draw from, in vLLM's order: temperature, min-p, top-k, top-p."""
-        logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no temperature is too small
-        logits = apply_temperature(logits, self.temperature)
-        if self.min_p > 0:
-            logits = keep_min_p(logits, self.min_p)
-        if self.top_k > 0:
-            logits = keep_top_k(logits, self.top_k)
-        if self.top_p < 1:
-            logits = keep_top_p(logits, self.top_p)
-        return logits
+        """The logits to draw from."""
+        top_p = self.top_p if self.top_p < 1 else None
+        return transform(logits, self.temperature, min_p=self.min_p or None, top_k=self.top_k or None, top_p=top_p)
 
     def choose(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, "batch"]:
         """The next token of each row: the likeliest at temperature 0, else a draw."""

@@ -723,10 +723,12 @@ assert int((keep_top_p(sure, 0.8) > -math.inf).sum()) == 1
 #
 # ### The order matters
 #
-# `Sampling` puts the steps together, in the order of vLLM:
+# `transform` puts the steps together, in the order of vLLM; `Sampling` calls it with its numbers:
 
 # %%
-show_source(Sampling.transform)
+from minillm.transformer.sampling import transform
+
+show_source(transform)
 
 # %% [markdown]
 # Temperature comes first, so top-p and min-p look at the *flattened* distribution. Applied the other way round, they
