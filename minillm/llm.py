@@ -171,12 +171,13 @@ class LLM:
         """
         names = self._add(_many(prompts), sampling_params)
         done: dict[str, RequestOutput] = {}
+        written = 0
         start = time.perf_counter()
         with tqdm(total=len(names), desc="Processed prompts", disable=not use_tqdm) as bar:
             for output in self._run(names):
                 if output.finished:
                     done[output.request_id] = output
-                    written = sum(len(answer.token_ids) for one in done.values() for answer in one.outputs)
+                    written += sum(len(answer.token_ids) for answer in output.outputs)
                     bar.set_postfix_str(f"{written / (time.perf_counter() - start):.1f} tokens/s", refresh=False)
                     bar.update()
         return [done[name] for name in names]

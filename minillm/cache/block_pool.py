@@ -64,6 +64,10 @@ class BlockPool:
         """The free blocks, the next to be given out first."""
         return tuple(self._free)
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
     def require(self, count: int) -> None:
         """Raise CacheFullError unless so many blocks are free."""
         if count > self.num_free:

@@ -43,8 +43,7 @@ class BlockTable:
         """How many blocks `append(count)` would take from the pool, a copy of a shared last block included."""
         if not count:
             return 0
-        size = self.pool.block_size
-        return -(-(self.num_tokens + count) // size) - len(self.blocks) + self._last_is_shared()
+        return self.pool.blocks_for(self.num_tokens + count) - len(self.blocks) + self._last_is_shared()
 
     def append(self, count: int) -> list[Copy]:
         """Make slots for `count` more tokens.
@@ -81,7 +80,7 @@ class BlockTable:
     def truncate(self, num_tokens: int) -> None:
         """Keep the first tokens, and give the blocks behind them back."""
         assert 0 <= num_tokens <= self.num_tokens, f"{num_tokens} of {self.num_tokens} tokens cannot be kept"
-        keep = -(-num_tokens // self.pool.block_size)
+        keep = self.pool.blocks_for(num_tokens)
         self.pool.free(reversed(self.blocks[keep:]))  # the tail first: a beginning is worth more than an end
         del self.blocks[keep:]
         self.num_tokens = num_tokens

@@ -74,8 +74,7 @@ def _search(
     finished: list[list[Hypothesis]] = [[]]
     for n in range(1, params.max_tokens + 1):
         best = best_continuations(log_probs, logits / (params.temperature or 1.0), len(ends_at))
-        is_end = torch.isin(best.tokens, ends_at)
-        ends = is_end | (n == params.max_tokens)
+        ends = torch.isin(best.tokens, ends_at) | (n == params.max_tokens)
         collect(finished, tokens, best, ends[:, :width], end_ids, n**alpha)
         log_probs, going = best.log_probs.masked_fill(ends, -math.inf).topk(width)
         if len(finished[0]) == width and finished[0][-1].score >= float(log_probs[0, 0]) / n**alpha:

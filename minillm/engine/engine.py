@@ -127,9 +127,8 @@ class Engine:
         params.verify()
         self._check(request_id, prompt_token_ids, params)
         arrival = self.clock() if arrival_time is None else arrival_time
-        requests = [
-            self._request(request_id, list(prompt_token_ids), params, index, arrival) for index in range(params.n)
-        ]
+        tokens, bad_words = list(prompt_token_ids), self._bad_word_ids(params)
+        requests = [self._request(request_id, tokens, params, index, arrival, bad_words) for index in range(params.n)]
         requests[0].siblings = requests[1:]
         self.scheduler.add(requests[0])
         detokenizers = [self._detokenizer(request) for request in requests]
@@ -196,7 +195,13 @@ class Engine:
             raise InvalidRequestError("stop and bad_words are texts, and this engine has no tokenizer")
 
     def _request(
-        self, request_id: str, prompt: list[int], params: SamplingParams, index: int, arrival: float
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        index: int,
+        arrival: float,
+        bad_words: list[list[int]],
     ) -> Request:
         room = self.scheduler.config.max_model_len - len(prompt)
         request = Request(
@@ -208,7 +213,7 @@ class Engine:
             RequestMetrics(arrival),
             index,
             logprobs=None if params.logprobs is None else [],
-            bad_word_ids=self._bad_word_ids(params),
+            bad_word_ids=bad_words,
         )
         if not params.is_greedy:
             seed = (

@@ -64,11 +64,6 @@ class Request:
         return f"{self.request_id}/{self.index}" if self.params.n > 1 else self.request_id
 
     @property
-    def token_ids(self) -> list[int]:
-        """Prompt and answer so far."""
-        return self.prompt_token_ids + self.output_token_ids
-
-    @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 

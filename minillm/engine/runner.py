@@ -164,11 +164,10 @@ def _fill(buffer: Tensor, values: Sequence[int]) -> Tensor:
 def num_kv_blocks(
     decoder: Decoder, block_size: int, *, kv_cache_memory_bytes: int | None, gpu_memory_utilization: float
 ) -> int:
-    """How many blocks there is memory for: on a CPU a number of bytes, on CUDA what the weights and a step leave.
+    """How many blocks there is memory for: on a CPU a number of bytes, on CUDA what loading the weights left.
 
-    Args:
-        kv_cache_memory_bytes: this much, on any device.
-        gpu_memory_utilization: share of a CUDA device's memory to use in all; measured after a step was computed.
+    Args: kv_cache_memory_bytes: this much, on any device. gpu_memory_utilization: share of a CUDA device's memory to
+        use in all. What a step needs is not measured: leave it the rest.
 
     Raises:
         OutOfMemoryError: there is no room for one block.

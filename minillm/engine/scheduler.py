@@ -114,7 +114,7 @@ class Scheduler:
         """
         longest = len(request.prompt_token_ids) + request.max_tokens
         # The last token is given out and never stored.
-        blocks = -(-(longest - 1) // self.pool.block_size)
+        blocks = self.pool.blocks_for(longest - 1)
         if blocks > self.pool.num_blocks:
             raise InvalidRequestError(
                 f"{len(request.prompt_token_ids)} prompt tokens and max_tokens={request.max_tokens} need {blocks} "

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -155,6 +156,7 @@ class Trainer(Generic[Model]):
         self.step += 1
         return loss.item()
 
+    @cached_property
     def fingerprint(self) -> str:
         """What decides this run beside its weights: its options, and its first batch."""
         config = self.config
@@ -172,7 +174,7 @@ class Trainer(Generic[Model]):
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        metadata = {"step": str(self.step), "seconds": str(self.seconds), "run": self.fingerprint()}
+        metadata = {"step": str(self.step), "seconds": str(self.seconds), "run": self.fingerprint}
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
         partial.replace(path)  # an interrupted save leaves the last one
 
@@ -195,7 +197,7 @@ class Trainer(Generic[Model]):
         expected = {f"{part}.{name}": parameter.shape for name, parameter in parameters.items() for part in parts}
         if {name: tensor.shape for name, tensor in saved.items()} != expected or step < 0:
             raise CheckpointError(f"{path} is not a training checkpoint of this model")
-        if metadata.get("run") != self.fingerprint():
+        if metadata.get("run") != self.fingerprint:
             raise CheckpointError(
                 f"{path} is of a run with other options or other data: give them again as they were, or delete the file"
             )
