@@ -149,6 +149,7 @@ class LLM:
             trace=self.trace,
         )
         self._names = map(str, itertools.count())
+        self._outbox: list[RequestOutput] = []
 
     # --- answering
 
@@ -329,12 +330,17 @@ class LLM:
         left = set(names)
         try:
             while left:
-                for output in self.engine.step():
+                mine = [output for output in self._outbox if output.request_id in left]
+                self._outbox = [output for output in self._outbox if output.request_id not in left]
+                if not mine:
+                    self._outbox += self.engine.step()  # a step may bring on what others wait for
+                for output in mine:
                     if output.finished:
                         left.discard(output.request_id)
                     yield output
         finally:
             self._abort(left)
+            self._outbox = [output for output in self._outbox if output.request_id not in left]
 
     def _abort(self, names: Sequence[str] | set[str]) -> None:
         for name in names:

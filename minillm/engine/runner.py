@@ -166,8 +166,10 @@ def num_kv_blocks(
 ) -> int:
     """How many blocks there is memory for: on a CPU a number of bytes, on CUDA what loading the weights left.
 
-    Args: kv_cache_memory_bytes: this much, on any device. gpu_memory_utilization: share of a CUDA device's memory to
-        use in all. What a step needs is not measured: leave it the rest.
+    Args:
+        kv_cache_memory_bytes: this much, on any device.
+        gpu_memory_utilization: share of a CUDA device's memory to use in all; what a step needs is not measured, the
+            rest is for it.
 
     Raises:
         OutOfMemoryError: there is no room for one block.

@@ -194,6 +194,16 @@ def test_a_stream_that_nobody_hears_any_more_ends(llm):
     stream.close()
 
 
+def test_streams_side_by_side_lose_nothing_to_each_other(llm):
+    expected = [output.outputs[0].text for output in generate(llm, PROMPTS[:2], GREEDY)]
+    first, second = (llm.generate_stream(prompt, GREEDY) for prompt in PROMPTS[:2])
+    next(first)
+    next(second)
+    assert generate(llm, PROMPTS[0], GREEDY)[0].outputs[0].text == expected[0]
+    assert [list(stream)[-1].outputs[0].text for stream in (first, second)] == expected
+    assert not llm._outbox
+
+
 def test_what_may_be_written(llm):
     tokenizer = llm.get_tokenizer()
     allowed = tokenizer(" red blue green").input_ids
