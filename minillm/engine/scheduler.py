@@ -164,36 +164,26 @@ class Scheduler:
     def _schedule_waiting(self, step: Schedule) -> None:
         while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
-            num_stored = self._adopt_prefix(request)
-            count = min(request.num_uncomputed_tokens, step.budget)
-            if request.table.blocks_for(count - num_stored) > self.pool.num_free:
-                request.table.free()
-                request.num_computed_tokens = 0
+            found = list(self._found_blocks(request))
+            stored = len(found) * self.pool.block_size
+            start = min(stored, request.num_tokens - 1)  # a prompt that is found whole still needs its last logits
+            count = min(request.num_tokens - start, step.budget)
+            held_by_none = sum(self.pool.ref_counts[block] == 0 for block in found)
+            new = self.pool.blocks_for(max(start + count, stored)) - len(found)
+            if new + held_by_none > self.pool.num_free:
                 return
             self.waiting.popleft()
             self.running.append(request)
             request.status = Status.RUNNING
-            self._take(request, count, step, num_stored)
-
-    def _adopt_prefix(self, request: Request) -> int:
-        """Take the blocks that hold the request's beginning already.
-
-        Returns:
-            How many tokens must be computed although they are stored: 1 where everything is, for its logits; else 0.
-        """
-        if request.params.prompt_logprobs is not None:
-            request.num_cached_tokens = 0
-            return 0  # the logits of every prompt token are asked for
-        found = list(self._found_blocks(request))
-        request.table.adopt(found)
-        stored = request.table.num_tokens
-        request.num_computed_tokens = min(stored, request.num_tokens - 1)
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.num_computed_tokens
-        return stored - request.num_computed_tokens
+            request.table.adopt(found)
+            request.num_computed_tokens = start
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = start
+            self._take(request, count, step, num_stored=stored - start)
 
     def _found_blocks(self, request: Request) -> Iterator[int]:
-        if self.pool.enable_prefix_caching:
+        """The blocks that hold the request's beginning already; none where its prompt's logits are asked for."""
+        if self.pool.enable_prefix_caching and request.params.prompt_logprobs is None:
             for content in request.hashes(request.num_tokens):
                 block = self.pool.find(content)
                 if block is None:
