@@ -15,6 +15,7 @@ import transformers as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minillm.cache.contiguous import ContiguousCache
 from minillm.errors import CheckpointError, ConfigError, MinillmError, TokenizerError, UnsupportedModelError
@@ -131,7 +132,7 @@ def describe(writer: gguf.GGUFWriter, config: Any, case: Case) -> None:
 
 def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     """Letters, and one merge."""
-    alphabet = sorted(T.convert_slow_tokenizer.bytes_to_unicode().values())[: size - 3]
+    alphabet = sorted(bytes_to_unicode().values())[: size - 3]
     tokens = [*alphabet, "ab", "<s>", "</s>", *(f"[PAD{number}]" for number in range(size))][:size]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
