@@ -27,6 +27,12 @@ from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
 
 
+NOTHING_TO_CHOOSE = (
+    "no token can be chosen: allowed_token_ids, bad_words, min_tokens and logits_processors forbid all of them together, "
+    "or the logits are not numbers"
+)
+
+
 class Runner(Protocol):
     """Computes steps; the simulator's only keeps time."""
 
@@ -268,6 +274,9 @@ class Engine:
         return [self._answers[request_id] for request_id in dict.fromkeys(request.request_id for request in writers)]
 
     def _take_token(self, request: Request, choice: Choice, now: float) -> None:
+        if choice.token is None:
+            self._finish(request, "error", NOTHING_TO_CHOOSE, now)
+            return
         request.output_token_ids.append(choice.token)
         self.counts.generation_tokens += 1
         if request.metrics.first_token_time is None:

@@ -32,8 +32,9 @@ class CompletionOutput:
         index: which of the `n` answers.
         cumulative_logprob: sum of the chosen tokens' log-probabilities, where they were asked for.
         logprobs: for each token.
-        finish_reason: "stop" (an end token or a stop text), "length", "abort"; None while it is being written.
-        stop_reason: the stop text or token; None for the end-of-sequence token.
+        finish_reason: "stop" (an end token or a stop text), "length", "abort", "error" (there was no token to choose);
+            None while it is being written.
+        stop_reason: the stop text or token, None for the end-of-sequence token; what is wrong after an error.
     """
 
     index: int

@@ -20,9 +20,9 @@ from minillm.transformer.sampling import MASKED, apply_penalties, draw, transfor
 
 
 class Choice(NamedTuple):
-    """A request's next token, and the log-probabilities that it asked for."""
+    """A request's next token, None where there is none to choose, and the log-probabilities that it asked for."""
 
-    token: int
+    token: int | None
     logprobs: TokenLogprobs | None = None
 
 
@@ -39,15 +39,23 @@ class Sampler:
         self.decode = decode
 
     def sample(self, logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> list[Choice]:
-        """The next token of each request; row i is what the model says after request i's last token."""
+        """The next token of each request; row i is what the model says after request i's last token.
+
+        There is none where everything is forbidden, or where the logits are no numbers.
+        """
         raw = logits
         logits = penalise(self._restrict(logits, requests), requests)
-        chosen = choose(logits, requests).tolist()
-        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
-        for row, request in enumerate(requests):
-            if request.params.logprobs is not None:
-                logprobs[row] = self.logprobs(raw[row], chosen[row], request.params.logprobs)
-        return [Choice(token, found) for token, found in zip(chosen, logprobs, strict=True)]
+        best = logits.max(dim=-1)
+        possible = best.values.isfinite().tolist()
+        chosen = choose(logits, best.indices, requests).tolist()
+        return [
+            self._choice(raw[row], chosen[row], request) if possible[row] else Choice(None)
+            for row, request in enumerate(requests)
+        ]
+
+    def _choice(self, logits: Float[Tensor, "vocab"], token: int, request: Request) -> Choice:
+        count = request.params.logprobs
+        return Choice(token, None if count is None else self.logprobs(logits, token, count))
 
     def logprobs(self, logits: Float[Tensor, "vocab"], token: int, count: int) -> TokenLogprobs:
         """Of one token and of the `count` likeliest (all where it is -1), by the model's own logits."""
@@ -110,15 +118,17 @@ def penalise(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -
     return logits.index_copy(0, torch.tensor(rows, device=logits.device), penalised)
 
 
-def choose(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Int[Tensor, "rows"]:
+def choose(
+    logits: Float[Tensor, "rows vocab"], likeliest: Int[Tensor, "rows"], requests: Sequence[Request]
+) -> Int[Tensor, "rows"]:
     """The likeliest token of greedy rows; a draw, after temperature, min-p, top-k and top-p, of the others."""
-    chosen = logits.argmax(dim=-1)
     rows = [row for row, request in enumerate(requests) if not request.params.is_greedy]
     if not rows:
-        return chosen
+        return likeliest
     some = [requests[row] for row in rows]
     at = torch.tensor(rows, device=logits.device)
     probabilities = transformed(logits[at], some).softmax(dim=-1)
+    chosen = likeliest.clone()
     chosen[at] = draw(probabilities, _column([_random(request) for request in some], logits.device)[:, 0])
     return chosen
 

@@ -223,6 +223,25 @@ def test_what_may_be_written(llm):
     assert answer.token_ids == [kite] * 4
 
 
+@pytest.mark.parametrize(
+    ("forbidding", "written"),
+    [
+        ({"allowed_token_ids": [0], "min_tokens": 1, "stop_token_ids": [0]}, 0),
+        ({"allowed_token_ids": [0], "min_tokens": 1, "stop_token_ids": [0], "temperature": 0}, 0),
+        ({"logits_processors": [lambda written, logits: logits * math.nan]}, 0),
+        ({"logits_processors": [lambda written, logits: logits if len(written) < 3 else logits - math.inf]}, 3),
+    ],
+)
+def test_where_no_token_can_be_chosen_the_request_ends_and_others_go_on(llm, forbidding, written):
+    alone = generate(llm, PROMPTS[1], GREEDY)[0].outputs[0]
+    params = [SamplingParams(**{"max_tokens": 8, "seed": 1, **forbidding}), GREEDY]
+    stuck, other = (output.outputs[0] for output in generate(llm, PROMPTS[:2], params))
+    assert (stuck.finish_reason, len(stuck.token_ids)) == ("error", written)
+    assert "no token can be chosen" in stuck.stop_reason
+    assert other.token_ids == alone.token_ids
+    assert llm._pool.num_free == llm._pool.num_blocks
+
+
 def test_end_tokens_and_min_tokens(llm):
     chat = [{"role": "user", "content": "What is gravity?"}]
     (output,) = llm.chat(chat, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)
