@@ -112,13 +112,19 @@ def simulate(
     Raises:
         InvalidRequestError: a request that is longer than `max_model_len` or could never fit.
     """
-    clock = VirtualClock()
     pool = BlockPool(num_blocks, block_size, enable_prefix_caching=False)
     scheduler = Scheduler(SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len), pool)
-    trace = Trace()
-    engine = Engine(
-        scheduler, TimeKeeper(cost or CostModel(), clock), AnyToken(), vocab_size=1, clock=clock, trace=trace
-    )
+    return serve(arrivals, scheduler, cost or CostModel())
+
+
+def serve(arrivals: Sequence[Arrival], scheduler: Scheduler, cost: CostModel) -> Simulation:
+    """Serve a trace of requests with this scheduler, on a virtual clock; request number i is called str(i).
+
+    Raises:
+        InvalidRequestError: a request that the engine refuses.
+    """
+    clock, trace = VirtualClock(), Trace()
+    engine = Engine(scheduler, TimeKeeper(cost, clock), AnyToken(), vocab_size=1, clock=clock, trace=trace)
     arrivals, metrics = sorted(arrivals), {}
     coming = 0
     while coming < len(arrivals) or engine.has_unfinished_requests:
