@@ -37,6 +37,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
+WARM_UP_TOKENS = 8
 GENERATION_CONFIG = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 """What generation_config.json may say of sampling."""
 
@@ -121,7 +122,7 @@ class LLM:
         num_blocks = num_gpu_blocks_override
         if num_blocks is None:
             room = num_kv_blocks(
-                decoder, block_size, kv_cache_memory_bytes=kv_cache_memory_bytes, gpu_memory_utilization=share
+                decoder, block_size, sizes, kv_cache_memory_bytes=kv_cache_memory_bytes, gpu_memory_utilization=share
             )
             _check_context(self.max_model_len, room * block_size)
             num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))  # more are never held
@@ -129,13 +130,9 @@ class LLM:
         self._generation_config = _generation_config(path)
         end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
         self._pool, self._end_ids, self._sizes = pool, end_ids, sizes
-        self._runner: ModelRunner | None = ModelRunner(
-            decoder,
-            pool.num_blocks,
-            block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=self.max_model_len,
+        self._runner: ModelRunner | None = ModelRunner(decoder, pool.num_blocks, block_size, sizes)
+        self._runner.warm_up(
+            min(WARM_UP_TOKENS, self.max_model_len, max_num_batched_tokens, pool.num_blocks * block_size)
         )
         self.trace = Trace() if trace else None
         self.engine = Engine(

@@ -71,6 +71,16 @@ class PagedKVCache:
         self._batch: PagedBatch | None = None
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self.store.shape[2]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.store.shape[4]
+
+    @property
     def num_bytes(self) -> int:
         """Memory reserved for keys and values."""
         return self.store.nbytes

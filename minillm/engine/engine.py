@@ -26,10 +26,9 @@ from minillm.engine.scheduler import Schedule, Scheduled, Scheduler
 from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
 
-
 NOTHING_TO_CHOOSE = (
-    "no token can be chosen: allowed_token_ids, bad_words, min_tokens and logits_processors forbid all of them together, "
-    "or the logits are not numbers"
+    "no token can be chosen: allowed_token_ids, bad_words, min_tokens and logits_processors together forbid all of "
+    "them, or the logits are not numbers"
 )
 
 

@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minillm.cache.block_pool import BlockPool
 from minillm.cache.block_table import BlockTable, Copy
 from minillm.cache.paged import PagedBatch, PagedKVCache
 from minillm.cache.reference import NO_SLOT
 from minillm.engine.request import Request
-from minillm.engine.scheduler import Schedule
+from minillm.engine.scheduler import Schedule, SchedulerConfig
 from minillm.errors import ConfigError, OutOfMemoryError
 from minillm.transformer.decoder import Decoder
+from minillm.transformer.sampling import draw, transform
 
 DEFAULT_CPU_KV_BYTES = 2**30
 """Memory for keys and values on a CPU, where nothing else is said."""
@@ -61,31 +63,21 @@ class ModelRunner:
     Args:
         decoder: the model.
         num_blocks: blocks of keys and values.
-        max_num_seqs: sequences in a step.
-        max_num_batched_tokens: tokens in a step.
-        max_model_len: tokens of a sequence.
+        sizes: how much a step may hold.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        num_blocks: int,
-        block_size: int,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-    ) -> None:
+    def __init__(self, decoder: Decoder, num_blocks: int, block_size: int, sizes: SchedulerConfig) -> None:
         self.decoder = decoder
         self.device = decoder.device
+        self.sizes = sizes
         self.kv = PagedKVCache(decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=self.device)
-        max_blocks = min(-(-max_model_len // block_size), num_blocks)
-        self._tokens = self._buffer(max_num_batched_tokens)
-        self._positions = self._buffer(max_num_batched_tokens)
-        self._slots = self._buffer(max_num_batched_tokens)
-        self._query_starts = self._buffer(max_num_seqs + 1)
-        self._seq_lens = self._buffer(max_num_seqs)
-        self._block_tables = self._buffer(max_num_seqs, max_blocks)
+        max_blocks = min(-(-sizes.max_model_len // block_size), num_blocks)
+        self._tokens = self._buffer(sizes.max_num_batched_tokens)
+        self._positions = self._buffer(sizes.max_num_batched_tokens)
+        self._slots = self._buffer(sizes.max_num_batched_tokens)
+        self._query_starts = self._buffer(sizes.max_num_seqs + 1)
+        self._seq_lens = self._buffer(sizes.max_num_seqs)
+        self._block_tables = self._buffer(sizes.max_num_seqs, max_blocks)
 
     def _buffer(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -146,6 +138,24 @@ class ModelRunner:
             [copy for chunk in chunks for copy in chunk.copies],
         )
 
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        """Compute and sample a step of so many tokens that nobody asked for, of as many sequences as can be.
+
+        What is compiled or set up at its first use is then ready before the first request, and the peak of memory is
+        what a step takes. Needs blocks for these tokens; what they hold is lost.
+        """
+        pool = BlockPool(self.kv.num_blocks, self.kv.block_size, enable_prefix_caching=False)
+        longest = self.sizes.max_model_len
+        chunks = []
+        for start in range(0, num_tokens, longest):
+            table = BlockTable(pool)
+            table.append(min(longest, num_tokens - start))
+            chunks.append(Chunk([0] * table.num_tokens, 0, table))
+        logits = self.logits(self.hidden(chunks)[: self.sizes.max_num_seqs])
+        probabilities = transform(logits, 1.0, top_k=logits.shape[-1], top_p=0.9).softmax(dim=-1)
+        draw(probabilities, torch.rand(len(logits), device=self.device))
+
     def close(self) -> None:
         """Give weights, keys and values back."""
         del self.decoder, self.kv, self._tokens, self._positions, self._slots
@@ -162,35 +172,58 @@ def _fill(buffer: Tensor, values: Sequence[int]) -> Tensor:
 
 
 def num_kv_blocks(
-    decoder: Decoder, block_size: int, *, kv_cache_memory_bytes: int | None, gpu_memory_utilization: float
+    decoder: Decoder,
+    block_size: int,
+    sizes: SchedulerConfig,
+    *,
+    kv_cache_memory_bytes: int | None,
+    gpu_memory_utilization: float,
 ) -> int:
-    """How many blocks there is memory for: on a CPU a number of bytes, on CUDA what loading the weights left.
+    """How many blocks there is memory for: on a CPU a number of bytes, on CUDA what weights and steps leave.
 
     Args:
         kv_cache_memory_bytes: this much, on any device.
-        gpu_memory_utilization: share of a CUDA device's memory to use in all; what a step needs is not measured, the
-            rest is for it.
+        gpu_memory_utilization: share of a CUDA device's memory to use in all.
 
     Raises:
         OutOfMemoryError: there is no room for one block.
     """
+    is_cuda = decoder.device.type == "cuda"
     block_bytes = block_size * decoder.config.kv_bytes_per_token(decoder.dtype)
     if kv_cache_memory_bytes is None:
         kv_cache_memory_bytes = DEFAULT_CPU_KV_BYTES
-        if decoder.device.type == "cuda":
+        if is_cuda:
             total = torch.cuda.get_device_properties(decoder.device).total_memory
-            free, _ = torch.cuda.mem_get_info(decoder.device)
-            others = total - free - torch.cuda.memory_reserved(decoder.device)
-            peak = torch.cuda.max_memory_allocated(decoder.device)
-            kv_cache_memory_bytes = int(total * gpu_memory_utilization) - peak - others
+            kv_cache_memory_bytes = int(total * gpu_memory_utilization) - _cuda_bytes(decoder, block_size, sizes)
     if kv_cache_memory_bytes < block_bytes:
         raise OutOfMemoryError(
             f"{max(kv_cache_memory_bytes, 0) / 2**20:.1f} MiB are left for keys and values, and a block of "
             f"{block_size} tokens takes {block_bytes / 2**20:.1f}: "
-            + ("raise gpu_memory_utilization" if decoder.device.type == "cuda" else "raise kv_cache_memory_bytes")
+            + ("raise gpu_memory_utilization" if is_cuda else "raise kv_cache_memory_bytes")
             + ", choose a smaller model, or a smaller block_size"
         )
     return kv_cache_memory_bytes // block_bytes
+
+
+def _cuda_bytes(decoder: Decoder, block_size: int, sizes: SchedulerConfig) -> int:
+    """Memory of the device that other programs, the weights and a largest step take, this one measured."""
+    tokens = min(sizes.max_num_batched_tokens, sizes.max_num_seqs * sizes.max_model_len)
+    sequences = -(-tokens // sizes.max_model_len)
+    try:
+        trial = ModelRunner(decoder, sequences + tokens // block_size, block_size, sizes)
+        kept = trial.kv.num_bytes
+        torch.cuda.reset_peak_memory_stats(decoder.device)
+        trial.warm_up(tokens)
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"a step of {tokens} tokens does not fit beside the weights: lower max_num_batched_tokens or max_num_seqs, "
+            "or choose a smaller model"
+        ) from error
+    peak = torch.cuda.max_memory_allocated(decoder.device) - kept
+    trial.close()
+    free, total = torch.cuda.mem_get_info(decoder.device)
+    others = total - free - torch.cuda.memory_reserved(decoder.device)
+    return others + peak
 
 
 def check_gpu_memory_utilization(value: float) -> None:

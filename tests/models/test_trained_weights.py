@@ -1,5 +1,7 @@
-"""Real trained weights against transformers: logits, and 64 greedy tokens after each prompt; on the contiguous store, and
-on the paged engine with too little memory."""
+"""Real trained weights against transformers: logits, and 64 greedy tokens after each prompt.
+
+On the contiguous store, and on the paged engine with too little memory.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,7 @@ CHINESE = ("你好！请介绍一下你自己。", "中国的首都是哪里？"
 MORE_ENGLISH = ("The 3 laws of motion are", "Q: 17 + 25 = ?\nA:", "Dear Sir or Madam,", "To be, or not to be,")
 
 
-STORY = (
-    "The lighthouse keeper had counted the ships for 31 years, and on the morning of the storm he counted one too many. "
-)
+STORY = "The lighthouse keeper had counted ships for 31 years, and on the day of the storm he counted one too many. "
 LONGER = (STORY * 4, STORY * 4 + "It was painted black.", "Hello", "1, 1, 2, 3, 5, 8,", "A", "The capital of Italy is")
 ENGINES = (
     {"block_size": 16, "max_num_batched_tokens": 64, "enable_prefix_caching": True, "num_gpu_blocks_override": 40},
