@@ -55,16 +55,16 @@ def test_memory_is_measured_kept_to_and_given_back(report):
     torch.cuda.empty_cache()
     before, total = torch.cuda.mem_get_info()
     for _ in range(2):
-        with LLM("tiny", gpu_memory_utilization=0.5, max_num_seqs=20_000, max_num_batched_tokens=20_000) as llm:
+        with LLM("tiny", gpu_memory_utilization=0.15, max_num_seqs=20_000, max_num_batched_tokens=20_000) as llm:
             prompts = [[token % 200 for token in range(500)]] * 100
             llm.generate(prompts, SamplingParams(max_tokens=4, top_p=0.9), use_tqdm=False)
             free, _ = torch.cuda.mem_get_info()
             used = (total - free) / total
             kept = llm._runner.kv.num_bytes / 2**30
-        assert 0.4 < used <= 0.51
+        assert 0.12 < used <= 0.16
     after, _ = torch.cuda.mem_get_info()
     assert before - after < 2**28
-    report("CUDA: memory", f"{used:.1%} used where 50 % were asked for, {kept:.1f} GiB of keys and values")
+    report("CUDA: memory", f"{used:.1%} used where 15 % were asked for, {kept:.1f} GiB of keys and values")
 
 
 def test_no_room_says_what_to_change():
