@@ -16,7 +16,7 @@ from minillm.engine.runner import StepLogits
 from minillm.engine.sampler import Choice
 from minillm.engine.scheduler import Schedule, Scheduler, SchedulerConfig
 from minillm.engine.trace import Trace
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, InvalidRequestError
 from minillm.simulate.trace import Arrival
 
 
@@ -121,11 +121,18 @@ def serve(arrivals: Sequence[Arrival], scheduler: Scheduler, cost: CostModel) ->
     """Serve a trace of requests with this scheduler, on a virtual clock; request number i is called str(i).
 
     Raises:
-        InvalidRequestError: a request that the engine refuses.
+        InvalidRequestError: a request that the engine refuses, or whose answer it would cut short.
     """
+    longest = scheduler.config.max_model_len
+    for arrival in arrivals:
+        if arrival.prompt_tokens + arrival.output_tokens > longest:
+            raise InvalidRequestError(
+                f"a request has {arrival.prompt_tokens} prompt tokens and {arrival.output_tokens} output tokens, "
+                f"together more than max_model_len={longest}: leave it out or raise max_model_len"
+            )
     clock, trace = VirtualClock(), Trace()
     engine = Engine(scheduler, TimeKeeper(cost, clock), AnyToken(), vocab_size=1, clock=clock, trace=trace)
-    arrivals, metrics = sorted(arrivals), {}
+    arrivals, metrics = sorted(arrivals, key=lambda arrival: arrival.time), {}
     coming = 0
     while coming < len(arrivals) or engine.has_unfinished_requests:
         if not engine.has_unfinished_requests:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.errors import CacheFullError, ConfigError, InvalidRequestError
-from minillm.simulate.contiguous import POLICIES, ContiguousAllocator
+from minillm.simulate.contiguous import POLICIES, ContiguousAllocator, Use
+from minillm.simulate.reservation import MEMORY_POLICIES, Held, simulate_memory
 from minillm.simulate.simulator import CostModel, simulate
 from minillm.simulate.trace import Arrival, load_trace
 from tests.helpers import SHARED
@@ -115,3 +116,97 @@ def test_what_makes_no_sense_is_refused():
         CostModel(step=0, token=0)
     with pytest.raises(InvalidRequestError, match="blocks"):
         simulate([Arrival(0.0, 100, 10)], num_blocks=2)
+    with pytest.raises(InvalidRequestError, match="max_model_len=8"):  # rather than an answer cut short
+        simulate([Arrival(0.0, 5, 4)], num_blocks=10, max_model_len=8)
+    with pytest.raises(ConfigError, match="paged"):
+        simulate_memory("best", [Arrival(0.0, 1, 1)], num_slots=100, max_model_len=50)
+    with pytest.raises(ConfigError, match="max_model_len"):
+        simulate_memory("max", [Arrival(0.0, 1, 1)], num_slots=10, max_model_len=50)
+
+
+def test_reservation_by_hand():
+    arrivals = [Arrival(0.0, 4, 3), Arrival(0.0, 3, 2), Arrival(0.0, 2, 2)]
+    cost = CostModel(step=1.0, token=0.0, stored_token=0.0)
+    found = simulate_memory("exact", arrivals, num_slots=10, max_model_len=10, cost=cost)
+    # The first two reserve 6 and 4 slots: all. The third waits for the second, which ends with step 2.
+    assert [step.use for step in found.memory] == [
+        Use(tokens=7, reserved=3, internal=0, external=0, free=0),
+        Use(tokens=9, reserved=1, internal=0, external=0, free=0),
+        Use(tokens=8, reserved=1, internal=0, external=0, free=1),
+        Use(tokens=3, reserved=0, internal=0, external=0, free=7),
+    ]
+    assert [step.waiting for step in found.memory] == [1, 1, 0, 0]
+    assert found.memory[2].held == (Held("0", (0,), 6, 0, 6, 6), Held("2", (0,), 3, 6, 2, 3))
+    assert [metrics.first_token_time for metrics in found.metrics] == [1.0, 1.0, 3.0]
+    assert [metrics.finished_time for metrics in found.metrics] == [3.0, 2.0, 4.0]
+    assert found.mean_use() == {"tokens": 0.8, "reserved": 0.2, "internal": 0.0, "external": 0.0, "free": 0.0}
+
+
+def test_blocks_by_hand():
+    cost = CostModel(step=1.0, token=0.0, stored_token=0.0)
+    found = simulate_memory("paged", [Arrival(0.0, 5, 3)], num_slots=16, block_size=4, max_model_len=16, cost=cost)
+    # 5, then 6, then 7 tokens in two blocks of 4: the eighth slot is never used.
+    assert [step.use for step in found.memory] == [Use(5, 2, 1, 0, 8), Use(6, 1, 1, 0, 8), Use(7, 0, 1, 0, 8)]
+    assert found.memory[0].held[0].starts == [0, 4]
+    assert found.mean_use()["tokens"] == pytest.approx(6 / 16)  # nobody waits: all steps count
+
+
+SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 40}
+some_arrivals = st.lists(st.builds(Arrival, st.floats(0, 0.2), st.integers(1, 30), st.integers(1, 10)), min_size=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(MEMORY_POLICIES), some_arrivals)
+def test_whatever_the_policy_all_are_answered_and_every_slot_is_accounted_for(policy, arrivals):
+    found = simulate_memory(policy, arrivals, num_slots=96, block_size=8, **SMALL)
+    written = dict.fromkeys(range(len(arrivals)), 0)
+    for traced, step in zip(found.trace.steps, found.memory, strict=True):
+        for part in traced.parts:
+            written[int(part.name)] += part.samples
+        assert {held.name for held in step.held} == set(traced.running)
+        assert len(step.held) <= 4
+        use = step.use
+        assert use.tokens + use.reserved + use.internal + use.external + use.free == 96
+        assert min(use.tokens, use.reserved, use.internal, use.external, use.free) >= 0
+        assert use.tokens == sum(held.length for held in step.held)
+        assert use.reserved == sum(held.reserved for held in step.held)
+        assert use.internal == sum(held.internal for held in step.held)
+        slots = [slot for held in step.held for start in held.starts for slot in range(start, start + held.size)]
+        assert len(set(slots)) == len(slots)
+        assert all(0 <= slot < 96 for slot in slots)
+    assert list(written.values()) == [arrival.output_tokens for arrival in found.arrivals]
+    for held in (held for step in found.memory for held in step.held):
+        arrival = found.arrivals[int(held.name)]
+        assert held.length <= held.final == arrival.prompt_tokens + arrival.output_tokens - 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(POLICIES), some_arrivals)
+def test_who_has_reserved_is_served_in_order_and_never_preempted(policy, arrivals):
+    found = simulate_memory(policy, arrivals, num_slots=96, **SMALL)
+    started = [metrics.first_scheduled_time for metrics in found.metrics]
+    assert started == sorted(started)
+    assert not any(metrics.num_preemptions for metrics in found.metrics)
+    stretches = {(held.name, held.origin, held.size) for step in found.memory for held in step.held}
+    assert len(stretches) == len(arrivals), "a stretch neither moves nor grows"
+
+
+@settings(max_examples=50, deadline=None)
+@given(some_arrivals)
+def test_reserving_the_longest_is_paging_with_one_huge_block(arrivals):
+    reserved = simulate_memory("max", arrivals, num_slots=96, **SMALL)
+    paged = simulate_memory("paged", arrivals, num_slots=96, block_size=40, **SMALL)
+    assert reserved.metrics == paged.metrics
+    uses = [(step.use.tokens, step.use.reserved, step.use.internal) for step in reserved.memory]
+    assert uses == [(step.use.tokens, step.use.reserved, step.use.internal) for step in paged.memory]
+
+
+def test_blocks_are_those_of_the_plain_simulation():
+    arrivals = load_trace(limit=60)
+    found = simulate_memory("paged", arrivals, num_slots=600 * 16, max_model_len=8192)
+    plain = simulate(arrivals, num_blocks=600, max_model_len=8192)
+    assert found.metrics == plain.metrics
+    assert found.trace == plain.trace
+    for traced, step in zip(plain.trace.steps, found.memory, strict=True):
+        assert sum(map(bool, traced.ref_counts)) == sum(len(held.blocks) for held in step.held)
+        assert all(held.reserved + held.internal < 16 for held in step.held)
