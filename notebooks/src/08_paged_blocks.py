@@ -239,6 +239,7 @@ def run_paged(ids, start, table, cache, copies=()):
         query_starts=torch.tensor([0, len(ids)]),  # which of the tokens are whose
         seq_lens=torch.tensor([end]),  # how far each sequence reaches now
         block_tables=torch.tensor([table.blocks]),  # where its older tokens are
+        max_query_len=len(ids),  # the most tokens that one sequence brings
         copies=copies,  # section 5
     )
     cache.begin(batch)
