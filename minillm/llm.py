@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from minillm.cache.backends import attention_backend as choose_backend
 from minillm.cache.block_pool import BlockPool
 from minillm.checks import check_token_ids
 from minillm.engine.beam_search import beam_search
@@ -72,6 +73,7 @@ class LLM:
         max_num_seqs: requests in a step.
         max_num_batched_tokens: tokens in a step.
         enforce_eager: accepted; nothing is captured or compiled.
+        attention_backend: "numba" (CPU), "triton" (CUDA), "reference" (PyTorch, anywhere), or "auto".
         device: "auto", "cpu" or "cuda".
         trace: record every step (`llm.trace`).
 
@@ -100,6 +102,7 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         enforce_eager: bool = False,
+        attention_backend: str = "auto",
         device: str | torch.device = "auto",
         trace: bool = False,
         **unknown: Any,
@@ -119,10 +122,16 @@ class LLM:
             raise ConfigError(f"max_model_len={max_model_len} is more than the {context} positions that the model has")
         self.max_model_len = context if max_model_len is None else max_model_len
         sizes = SchedulerConfig(max_num_seqs, max_num_batched_tokens, self.max_model_len)
+        backend = choose_backend(attention_backend, decoder.device)
         num_blocks = num_gpu_blocks_override
         if num_blocks is None:
             room = num_kv_blocks(
-                decoder, block_size, sizes, kv_cache_memory_bytes=kv_cache_memory_bytes, gpu_memory_utilization=share
+                decoder,
+                block_size,
+                sizes,
+                backend,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                gpu_memory_utilization=share,
             )
             _check_context(self.max_model_len, room * block_size)
             num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))  # more are never held
@@ -130,7 +139,7 @@ class LLM:
         self._generation_config = _generation_config(path)
         end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
         self._pool, self._end_ids, self._sizes = pool, end_ids, sizes
-        self._runner: ModelRunner | None = ModelRunner(decoder, pool.num_blocks, block_size, sizes)
+        self._runner: ModelRunner | None = ModelRunner(decoder, pool.num_blocks, block_size, sizes, backend)
         self._runner.warm_up(
             min(WARM_UP_TOKENS, self.max_model_len, max_num_batched_tokens, pool.num_blocks * block_size)
         )

@@ -8,13 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from torch import Tensor
+
+
+def bits(tensor: Tensor) -> Any:
+    """The tensor's memory as an array: float32 as it is, 16-bit numbers as integers."""
+    return tensor.detach().view(torch.uint16 if tensor.dtype.itemsize == 2 else tensor.dtype).numpy()
 
 
 @intrinsic
-def _bits_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
+def bits_to_float(typing_context, bits):
     """Reinterpret 32 bits as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -24,7 +31,7 @@ def _bits_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _float_to_bits(typing_context, value):  # type: ignore[no-untyped-def]
+def float_to_bits(typing_context, value):
     """Reinterpret a float32 as 32 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -34,14 +41,14 @@ def _float_to_bits(typing_context, value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def widen(bits):  # type: ignore[no-untyped-def]
+def widen(bits):
     """uint16 bits of a bfloat16 → float32."""
-    return _bits_to_float(np.uint32(bits) << np.uint32(16))
+    return bits_to_float(np.uint32(bits) << np.uint32(16))
 
 
 @njit(inline="always")
-def narrow(value):  # type: ignore[no-untyped-def]
+def narrow(value):
     """float32 → uint16 bits of the nearest bfloat16 (not for NaN)."""
-    bits = _float_to_bits(np.float32(value))
+    bits = float_to_bits(np.float32(value))
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))

@@ -17,14 +17,12 @@ from jaxtyping import Float
 from numba import njit
 from torch import Tensor
 
-from minillm.kernels.cpu.bfloat16 import narrow, widen
-
-# Never plain fastmath=True: it assumes that there are no infinities and no NaN.
-FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+from minillm.kernels.cpu.bfloat16 import bits, narrow, widen
+from minillm.kernels.cpu.fast_math import FASTMATH
 
 
 @njit(fastmath=FASTMATH, cache=True, nogil=True)
-def _float32(x, weight, out, eps):  # type: ignore[no-untyped-def]
+def _float32(x, weight, out, eps):
     size = x.shape[1]
     for row in range(x.shape[0]):
         xs, outs = x[row], out[row]
@@ -37,7 +35,7 @@ def _float32(x, weight, out, eps):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=FASTMATH, cache=True, nogil=True)
-def _bfloat16(x, weight, out, eps):  # type: ignore[no-untyped-def]
+def _bfloat16(x, weight, out, eps):
     size = x.shape[1]
     for row in range(x.shape[0]):
         xs, outs = x[row], out[row]
@@ -65,12 +63,7 @@ def rms_norm(
 ) -> Float[Tensor, "*batch size"]:
     """The normalised x, computed in float32. Has no gradient."""
     out = torch.empty_like(x)
-    kernel, as_type = (_float32, torch.float32) if x.dtype is torch.float32 else (_bfloat16, torch.uint16)
+    kernel = _float32 if x.dtype is torch.float32 else _bfloat16
     rows = (-1, x.shape[-1])
-    kernel(
-        x.detach().view(as_type).view(rows).numpy(),
-        weight.detach().view(as_type).numpy(),
-        out.view(as_type).view(rows).numpy(),
-        eps,
-    )
+    kernel(bits(x).reshape(rows), bits(weight), bits(out).reshape(rows), eps)
     return out

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minillm.cache.backends import REFERENCE, AttentionBackend
 from minillm.cache.block_table import Copy
-from minillm.cache.reference import paged_attention, write_kv
 from minillm.errors import ConfigError, OutOfMemoryError
 from minillm.transformer.kv import CachedConfig
 
@@ -23,6 +23,7 @@ class PagedBatch(NamedTuple):
         query_starts: where each sequence's tokens begin, and the end of the last one's.
         seq_lens: tokens that each sequence has stored when this call's are.
         block_tables: a sequence's blocks in order, in a row; anything behind them.
+        max_query_len: the most tokens that one sequence brings.
         copies: blocks to copy before this call's tokens are written.
     """
 
@@ -30,6 +31,7 @@ class PagedBatch(NamedTuple):
     query_starts: Int[Tensor, "seqs_and_one"]
     seq_lens: Int[Tensor, "seqs"]
     block_tables: Int[Tensor, "seqs max_blocks"]
+    max_query_len: int
     copies: Sequence[Copy] = ()
 
 
@@ -42,6 +44,7 @@ class PagedKVCache:
         config: of the model that will use it.
         num_blocks: blocks of the pool.
         block_size: tokens of a block.
+        backend: who writes and attends.
     """
 
     remembers = True
@@ -54,7 +57,9 @@ class PagedKVCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        backend: AttentionBackend = REFERENCE,
     ) -> None:
+        self.backend = backend
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"a cache needs at least one block of one token, not {num_blocks} of {block_size}")
         self.specs = config.attention_specs
@@ -101,14 +106,15 @@ class PagedKVCache:
         batch, spec = self._batch, self.specs[layer]
         assert batch is not None, "begin() says which tokens these are"
         k_cache, v_cache = self.store[:, layer]
-        write_kv(k_cache, v_cache, k, v, batch.slot_mapping)
-        return paged_attention(
+        self.backend.write_kv(k_cache, v_cache, k, v, batch.slot_mapping)
+        return self.backend.paged_attention(
             q,
             k_cache,
             v_cache,
             batch.block_tables,
             batch.query_starts,
             batch.seq_lens,
+            max_query_len=batch.max_query_len,
             scale=spec.scale,
             window=spec.window,
             soft_cap=spec.soft_cap,

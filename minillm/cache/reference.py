@@ -45,6 +45,7 @@ def paged_attention(
     query_starts: Int[Tensor, "seqs_and_one"],
     seq_lens: Int[Tensor, "seqs"],
     *,
+    max_query_len: int,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -55,6 +56,8 @@ def paged_attention(
         block_tables: a sequence's blocks in order; what lies behind its last block is not read.
         query_starts: where each sequence's queries begin in `q`, and the end of the last one's.
         seq_lens: tokens whose keys and values are stored, those of this call included.
+        max_query_len: the most queries of one sequence, for twins that cannot ask `query_starts` without waiting for
+            a GPU.
     """
     starts, lengths = query_starts.tolist(), seq_lens.tolist()
     out = torch.empty_like(q)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minillm.cache.backends import REFERENCE, AttentionBackend
 from minillm.cache.block_pool import BlockPool
 from minillm.cache.block_table import BlockTable, Copy
 from minillm.cache.paged import PagedBatch, PagedKVCache
@@ -64,13 +65,23 @@ class ModelRunner:
         decoder: the model.
         num_blocks: blocks of keys and values.
         sizes: how much a step may hold.
+        backend: who does paged attention.
     """
 
-    def __init__(self, decoder: Decoder, num_blocks: int, block_size: int, sizes: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        sizes: SchedulerConfig,
+        backend: AttentionBackend = REFERENCE,
+    ) -> None:
         self.decoder = decoder
         self.device = decoder.device
         self.sizes = sizes
-        self.kv = PagedKVCache(decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=self.device)
+        self.kv = PagedKVCache(
+            decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=self.device, backend=backend
+        )
         max_blocks = min(-(-sizes.max_model_len // block_size), num_blocks)
         self._tokens = self._buffer(sizes.max_num_batched_tokens)
         self._positions = self._buffer(sizes.max_num_batched_tokens)
@@ -135,6 +146,7 @@ class ModelRunner:
             _fill(self._query_starts, starts),
             _fill(self._seq_lens, lengths),
             tables,
+            max(len(chunk.tokens) for chunk in chunks),
             [copy for chunk in chunks for copy in chunk.copies],
         )
 
@@ -175,6 +187,7 @@ def num_kv_blocks(
     decoder: Decoder,
     block_size: int,
     sizes: SchedulerConfig,
+    backend: AttentionBackend,
     *,
     kv_cache_memory_bytes: int | None,
     gpu_memory_utilization: float,
@@ -194,7 +207,9 @@ def num_kv_blocks(
         kv_cache_memory_bytes = DEFAULT_CPU_KV_BYTES
         if is_cuda:
             total = torch.cuda.get_device_properties(decoder.device).total_memory
-            kv_cache_memory_bytes = int(total * gpu_memory_utilization) - _cuda_bytes(decoder, block_size, sizes)
+            kv_cache_memory_bytes = int(total * gpu_memory_utilization) - _cuda_bytes(
+                decoder, block_size, sizes, backend
+            )
     if kv_cache_memory_bytes < block_bytes:
         raise OutOfMemoryError(
             f"{max(kv_cache_memory_bytes, 0) / 2**20:.1f} MiB are left for keys and values, and a block of "
@@ -205,12 +220,12 @@ def num_kv_blocks(
     return kv_cache_memory_bytes // block_bytes
 
 
-def _cuda_bytes(decoder: Decoder, block_size: int, sizes: SchedulerConfig) -> int:
+def _cuda_bytes(decoder: Decoder, block_size: int, sizes: SchedulerConfig, backend: AttentionBackend) -> int:
     """Memory of the device that other programs, the weights and a largest step take, this one measured."""
     tokens = min(sizes.max_num_batched_tokens, sizes.max_num_seqs * sizes.max_model_len)
     sequences = -(-tokens // sizes.max_model_len)
     try:
-        trial = ModelRunner(decoder, sequences + tokens // block_size, block_size, sizes)
+        trial = ModelRunner(decoder, sequences + tokens // block_size, block_size, sizes, backend)
         kept = trial.kv.num_bytes
         torch.cuda.reset_peak_memory_stats(decoder.device)
         trial.warm_up(tokens)

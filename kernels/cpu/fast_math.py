@@ -1,0 +1,61 @@
+"""What the CPU kernels share: which liberties the compiler may take, and an exponential that it can vectorise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from minillm.kernels.cpu.bfloat16 import bits_to_float
+
+# Never plain fastmath=True: it assumes that there are no infinities and no NaN.
+FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+
+LOG2_E = 1.4426950408889634
+CACHE_LINE = 64
+
+
+@njit(inline="always")
+def exp2(x):
+    """2ˣ for a float32 x ≤ 0, to a relative 3e-7; below −126 it is 2⁻¹²⁶, which is as good as 0.
+
+    The C library's function is a call for each number. This is a polynomial for the fraction (the least largest
+    relative error, 7e-8) and an addition to the exponent's bits for the whole part: LLVM does 16 numbers at a time.
+    """
+    x = max(x, np.float32(-126.0))
+    whole = np.floor(x)
+    f = x - whole
+    p = np.float32(1.8775767e-3)
+    p = p * f + np.float32(8.9893397e-3)
+    p = p * f + np.float32(5.5826318e-2)
+    p = p * f + np.float32(2.4015361e-1)
+    p = p * f + np.float32(6.9315308e-1)
+    p = p * f + np.float32(9.9999994e-1)
+    return p * bits_to_float(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
+
+
+@intrinsic
+def _prefetch(typing_context, address):
+    """Ask the memory for a cache line that will be read soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, near, data = number(0), number(3), number(1)
+        builder.call(function, [builder.inttoptr(args[0], pointer), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.uintp), generate
+
+
+@njit(inline="always")
+def prefetch(rows):
+    """Ask for all of a contiguous array, a cache line at a time."""
+    start = rows.ctypes.data
+    for line in range(0, rows.size * rows.itemsize, CACHE_LINE):
+        _prefetch(np.uintp(start + line))

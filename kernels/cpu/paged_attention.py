@@ -1,0 +1,323 @@
+"""Paged attention on the CPU: each query against its sequence's keys and values, read where they lie.
+
+What it computes: softmax(q·kᵀ·scale)·v, over the blocks that a sequence's block table names (Kwon et al. 2023,
+"PagedAttention", §4.1). `minillm.cache.reference` copies the blocks into one stretch first; here nothing is copied.
+
+The algorithm is the online softmax (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", §3): a tile
+of keys is one block, and for each query row three things are carried from tile to tile: the largest score so far, the
+sum of exponentials, and the weighted sum of values, both relative to that largest score.
+
+How it maps to the hardware:
+
+- A tile [key, channel] is contiguous, some KiB, and stays in first-level cache while all query heads of its group meet
+  it.
+- Scores are computed for four keys at a time and values added four at a time: a query's channels are read once for four
+  keys, and the running sum is written once for four values. LLVM makes 16 channels one instruction.
+- While a tile is worked on, the next one is asked for, some rows at a time. The blocks of a table lie anywhere, so that
+  the hardware cannot guess it, and asking for all of it at once would fill the queue to memory and stop the arithmetic.
+  Measured: 1.73 ms without asking, 1.50 all at once, 0.94 in between (64 sequences, float32, from memory).
+- Work is divided by blocks, not by sequences: all tokens' blocks are laid end to end and cut into as many equal parts
+  as there are threads (the idea of Osama et al. 2023, "Stream-K", for matrix products). A token that a cut goes through
+  has several partial results, which are merged (Dao et al. 2023, "Flash-Decoding"). So one long sequence keeps all
+  cores busy, and a batch of unequal ones ends everywhere at once.
+
+What bounds it: reading keys and values, each used for one group of queries. docs/benchmarks.md has how near it comes.
+
+Sequences that bring many queries (a prompt, or a long piece of one) are matrix products, which PyTorch's libraries do
+better: from `MANY_QUERIES` on they take the reference's way, gathered and through PyTorch's fused attention.
+
+Definition of right: `minillm.cache.reference.paged_attention`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numba import get_num_threads, njit, prange
+from numba.core import types
+from numba.extending import overload
+from torch import Tensor
+
+from minillm.cache import reference
+from minillm.kernels.cpu.bfloat16 import bits, narrow, widen
+from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, exp2, prefetch
+
+MANY_QUERIES = 16
+"""So many queries of one sequence are better served by matrix products."""
+MIN_TILES_PER_THREAD = 48
+"""Fewer are done before another thread has woken up."""
+ONLY_PRANGE = dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
+)
+"""Numba's option `parallel`: threads where `prange` says so, and nowhere else."""
+
+
+def read(number):  # pragma: no cover
+    """A stored number as a float32."""
+    raise NotImplementedError("only inside compiled code")
+
+
+def write(like, value):  # pragma: no cover
+    """A float32 as it is stored beside `like`."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(read, inline="always")
+def _read(number):
+    if number == types.uint16:
+        return lambda number: widen(number)
+    return lambda number: number
+
+
+@overload(write, inline="always")
+def _write(like, value):
+    if like == types.uint16:
+        return lambda like, value: narrow(value)
+    return lambda like, value: value
+
+
+@njit(fastmath=FASTMATH, inline="always")
+def _scores(q, keys, first, end, scores, coming, turn, turns):
+    """scores[t] = q · keys[t], for first ≤ t < end; this turn's share of `coming` is asked for on the way."""
+    head_dim = len(q)
+    fours = first + (end - first) // 4 * 4
+    for t in range(first, fours, 4):
+        for row in range(t + turn, t + 4, turns):
+            prefetch(coming[row])
+        k0, k1, k2, k3 = keys[t], keys[t + 1], keys[t + 2], keys[t + 3]
+        s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for d in range(head_dim):
+            s0 += q[d] * read(k0[d])
+            s1 += q[d] * read(k1[d])
+            s2 += q[d] * read(k2[d])
+            s3 += q[d] * read(k3[d])
+        scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = s0, s1, s2, s3
+    for t in range(fours, end):
+        k0, s0 = keys[t], np.float32(0)
+        for d in range(head_dim):
+            s0 += q[d] * read(k0[d])
+        scores[t] = s0
+
+
+@njit(fastmath=FASTMATH, inline="always")
+def _add_values(weights, values, first, end, sums, coming, turn, turns):
+    """sums += weights[t] · values[t], over first ≤ t < end; asks for its share of `coming` on the way."""
+    head_dim = len(sums)
+    fours = first + (end - first) // 4 * 4
+    for t in range(first, fours, 4):
+        for row in range(t + turn, t + 4, turns):
+            prefetch(coming[row])
+        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
+        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
+        for d in range(head_dim):
+            sums[d] += w0 * read(v0[d]) + w1 * read(v1[d]) + w2 * read(v2[d]) + w3 * read(v3[d])
+    for t in range(fours, end):
+        v0, w0 = values[t], weights[t]
+        for d in range(head_dim):
+            sums[d] += w0 * read(v0[d])
+
+
+@njit(fastmath=FASTMATH, inline="always")
+def _cap_scores(scores, first, end, cap):
+    """cap · tanh(s / cap), in units of ln 2; tanh by the exponential that we have."""
+    for t in range(first, end):
+        shrunk = exp2(np.float32(-2 * LOG2_E) * abs(scores[t]) / cap)
+        capped = cap * np.float32(LOG2_E) * (np.float32(1) - shrunk) / (np.float32(1) + shrunk)
+        scores[t] = capped if scores[t] > 0 else -capped
+
+
+@njit(fastmath=FASTMATH, inline="always")
+def _finish(out, token, total, mean):
+    """Write a token's result."""
+    for head in range(len(total)):
+        target, share = out[token, head], np.float32(1) / total[head]
+        for d in range(mean.shape[1]):
+            target[d] = write(target[d], mean[head, d] * share)
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _attend_part(
+    part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means
+):
+    """One thread's blocks. A token that begins or ends in another part is left as partial result 0 or 1."""
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    heads = q.shape[1]
+    group = heads // kv_heads
+    query, mean = np.empty((heads, head_dim), np.float32), np.empty((heads, head_dim), np.float32)
+    weights = np.empty(block_size, np.float32)
+    largest, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
+    tokens[part, 0] = tokens[part, 1] = -1
+    at, stop = ends[-1] * part // parts, ends[-1] * (part + 1) // parts
+    token = np.searchsorted(ends, at, "right") - 1
+    while at < stop:
+        length, table = lengths[token], tables[seqs[token]]
+        seen = max(0, length - window)
+        first_block = seen // block_size
+        begin, end = first_block + at - ends[token], first_block + min(ends[token + 1], stop) - ends[token]
+        for head in range(heads):
+            largest[head], total[head] = -np.inf, 0
+            for d in range(head_dim):
+                mean[head, d] = 0
+                query[head, d] = read(q[token, head, d]) * scale
+        for number in range(begin, end):
+            first, last = max(0, seen - number * block_size), min(block_size, length - number * block_size)
+            for kv_head in range(kv_heads):
+                keys, values = k_cache[table[number], kv_head], v_cache[table[number], kv_head]
+                coming = table[min(number + 1, end - 1)]
+                next_keys, next_values = k_cache[coming, kv_head], v_cache[coming, kv_head]
+                for turn in range(group):
+                    head = kv_head * group + turn
+                    _scores(query[head], keys, first, last, weights, next_keys, turn, group)
+                    if cap > 0:
+                        _cap_scores(weights, first, last, cap)
+                    best = largest[head]
+                    for t in range(first, last):
+                        best = max(best, weights[t])
+                    shrink = exp2(largest[head] - best)
+                    added = np.float32(0)
+                    for t in range(first, last):
+                        weights[t] = exp2(weights[t] - best)
+                        added += weights[t]
+                    largest[head], total[head] = best, total[head] * shrink + added
+                    for d in range(head_dim):
+                        mean[head, d] *= shrink
+                    _add_values(weights, values, first, last, mean[head], next_values, turn, group)
+        if end - begin == ends[token + 1] - ends[token]:
+            _finish(out, token, total, mean)
+        else:
+            place = 0 if at > ends[token] else 1
+            tokens[part, place] = token
+            stats[part, place, 0], stats[part, place, 1], means[part, place] = largest, total, mean
+        at += end - begin
+        while token + 1 < len(lengths) and at >= ends[token + 1]:
+            token += 1
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _merge(out, tokens, stats, means):
+    """Put the partial results of each token together; those of one token follow each other."""
+    token = -1
+    largest, total, mean = stats[0, 0, 0].copy(), stats[0, 0, 1].copy(), means[0, 0].copy()
+    for part in range(len(tokens)):
+        for place in range(2):
+            if tokens[part, place] < 0:
+                continue
+            if tokens[part, place] != token:
+                if token >= 0:
+                    _finish(out, token, total, mean)
+                token = tokens[part, place]
+                largest[:], total[:], mean[:] = stats[part, place, 0], stats[part, place, 1], means[part, place]
+                continue
+            for head in range(len(largest)):
+                best = max(largest[head], stats[part, place, 0, head])
+                ours, theirs = exp2(largest[head] - best), exp2(stats[part, place, 0, head] - best)
+                largest[head], total[head] = best, total[head] * ours + stats[part, place, 1, head] * theirs
+                for d in range(mean.shape[1]):
+                    mean[head, d] = mean[head, d] * ours + means[part, place, head, d] * theirs
+    if token >= 0:
+        _finish(out, token, total, mean)
+
+
+@njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
+def _attend(parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means):
+    for part in prange(parts):
+        _attend_part(
+            part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means
+        )
+    _merge(out, tokens, stats, means)
+
+
+@njit(nogil=True, cache=True)
+def _rows(query_starts, seq_lens, window, block_size):
+    """For every query token of a sequence with few: its sequence, how much it sees from the front, tiles so far."""
+    tokens = query_starts[-1]
+    seqs, lengths = np.zeros(tokens, np.int64), np.zeros(tokens, np.int64)
+    ends = np.zeros(tokens + 1, np.int64)
+    for seq in range(len(seq_lens)):
+        start, end = query_starts[seq], query_starts[seq + 1]
+        for token in range(start, end):
+            length = seq_lens[seq] - (end - 1 - token)
+            seqs[token], lengths[token] = seq, length
+            tiles = -(-length // block_size) - max(0, length - window) // block_size
+            ends[token + 1] = ends[token] + (tiles if end - start < MANY_QUERIES else 0)
+    return seqs, lengths, ends
+
+
+def supports(q: Tensor, k_cache: Tensor) -> bool:
+    """Whether the kernel takes these: on the CPU, all float32 or all bfloat16."""
+    return q.device.type == "cpu" and q.dtype is k_cache.dtype and q.dtype in (torch.float32, torch.bfloat16)
+
+
+def paged_attention(
+    q: Float[Tensor, "tokens heads head_dim"],
+    k_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    v_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    block_tables: Int[Tensor, "seqs max_blocks"],
+    query_starts: Int[Tensor, "seqs_and_one"],
+    seq_lens: Int[Tensor, "seqs"],
+    *,
+    max_query_len: int,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """As `minillm.cache.reference.paged_attention`, which it falls back to for numbers that it does not take."""
+    by_reference = partial(
+        reference.paged_attention, max_query_len=max_query_len, scale=scale, window=window, soft_cap=soft_cap
+    )
+    if not supports(q, k_cache):
+        return by_reference(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if max_query_len < MANY_QUERIES:
+        _attend_few(q, k_cache, v_cache, block_tables, query_starts, seq_lens, out, scale, window, soft_cap)
+        return out
+    starts = query_starts.tolist()
+    counts = [end - start for start, end in itertools.pairwise(starts)]
+    for seq, count in enumerate(counts):
+        if count >= MANY_QUERIES:
+            here = slice(starts[seq], starts[seq + 1])
+            edges, lengths = torch.tensor([0, count]), seq_lens[seq : seq + 1]
+            out[here] = by_reference(q[here], k_cache, v_cache, block_tables[seq : seq + 1], edges, lengths)
+    if min(counts) < MANY_QUERIES:
+        _attend_few(q, k_cache, v_cache, block_tables, query_starts, seq_lens, out, scale, window, soft_cap)
+    return out
+
+
+def _attend_few(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """Run the kernel for the sequences that bring few queries."""
+    _, kv_heads, block_size, _ = k_cache.shape
+    far = np.iinfo(np.int64).max // 2 if window is None else window
+    seqs, lengths, ends = _rows(query_starts.numpy(), seq_lens.numpy(), far, block_size)
+    parts = max(1, min(torch.get_num_threads(), get_num_threads(), int(ends[-1]) * kv_heads // MIN_TILES_PER_THREAD))
+    _attend(
+        parts,
+        bits(q.contiguous()),
+        bits(k_cache),
+        bits(v_cache),
+        block_tables.numpy(),
+        seqs,
+        lengths,
+        ends,
+        far,
+        np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
+        np.float32(soft_cap or 0.0),
+        bits(out),
+        np.empty((parts, 2), np.int64),
+        np.empty((parts, 2, 2, q.shape[1]), np.float32),
+        np.empty((parts, 2, *q.shape[1:]), np.float32),
+    )

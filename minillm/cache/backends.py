@@ -1,0 +1,64 @@
+"""Who does paged attention: the reference in PyTorch, or its faster twin for the device."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillm.cache import reference
+from minillm.errors import ConfigError
+
+
+class AttentionBackend(NamedTuple):
+    """The two operations of a paged store, with the signatures and meaning of `minillm.cache.reference`."""
+
+    name: str
+    write_kv: Callable[..., None]
+    paged_attention: Callable[..., Tensor]
+
+
+REFERENCE = AttentionBackend("reference", reference.write_kv, reference.paged_attention)
+TWINS = {"numba": ("cpu", "minillm.kernels.cpu"), "triton": ("cuda", "minillm.kernels.gpu")}
+"""Name → (device, package)."""
+
+
+def attention_backend(name: str, device: torch.device) -> AttentionBackend:
+    """The backend of this name; for "auto" the device's twin, or the reference, with a warning, where it is missing.
+
+    Raises:
+        ConfigError: a name that does not exist, or a twin that this device or installation does not have.
+    """
+    if name == "auto":
+        twin = next((twin for twin, (kind, _) in TWINS.items() if kind == device.type), "reference")
+        try:
+            return _load(twin)
+        except (ImportError, RuntimeError) as error:
+            warnings.warn(
+                f"paged attention runs on PyTorch's own operations, more slowly: {twin} cannot be used ({error}); "
+                "`minillm env` says how to mend it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return REFERENCE
+    if name != "reference" and name not in TWINS:
+        raise ConfigError(f"attention_backend {name!r} is not one of auto, reference, {', '.join(TWINS)}")
+    if name in TWINS and TWINS[name][0] != device.type:
+        raise ConfigError(f"attention_backend={name!r} is for {TWINS[name][0]}, and the model is on {device.type}")
+    try:
+        return _load(name)
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"attention_backend={name!r} cannot be used: {error}") from error
+
+
+def _load(name: str) -> AttentionBackend:
+    if name == "reference":
+        return REFERENCE
+    _, package = TWINS[name]
+    attention = importlib.import_module(f"{package}.paged_attention")
+    write = importlib.import_module(f"{package}.write_kv")
+    return AttentionBackend(name, write.write_kv, attention.paged_attention)

@@ -1,0 +1,71 @@
+"""A ragged batch over scattered blocks, and attention over the same keys and values in float64 without any blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """`arguments` are those of `paged_attention`; `keys` and `values` are each sequence's, [kv_heads, length, dim]."""
+
+    arguments: tuple[Tensor, ...]
+    scale: float
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def make_case(
+    queries: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Case:
+    """Blocks in random order; slots and blocks that hold nothing hold NaN, and tables end in a block of NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(counts) + 3
+    order = torch.randperm(num_blocks, generator=generator).tolist()
+    cache = torch.full((2, num_blocks, kv_heads, block_size, head_dim), float("nan"))
+    tables = torch.full((len(lengths), max(counts) + 1), order[-1])
+    keys, values = [], []
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        blocks = [order.pop(0) for _ in range(count)]
+        tables[row, :count] = torch.tensor(blocks)
+        stored = torch.randn((2, kv_heads, length, head_dim), generator=generator).to(dtype).float()
+        for number, block in enumerate(blocks):
+            part = stored[:, :, number * block_size : (number + 1) * block_size]
+            cache[:, block, :, : part.shape[2]] = part
+        keys.append(stored[0])
+        values.append(stored[1])
+    q = torch.randn((sum(queries), kv_heads * group, head_dim), generator=generator).to(dtype)
+    starts = torch.tensor([0, *queries]).cumsum(0)
+    k_cache, v_cache = cache.to(dtype).to(device)
+    arguments = (q.to(device), k_cache, v_cache, tables.to(device), starts.to(device), torch.tensor(lengths).to(device))
+    return Case(arguments, head_dim**-0.5, keys, values)
+
+
+def float64_attention(case: Case, *, window: int | None = None, soft_cap: float | None = None) -> Tensor:
+    """softmax(q·kᵀ·scale)·v, written out, one query at a time."""
+    q, *_, starts, lengths = (tensor.cpu() for tensor in case.arguments)
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for row, length in enumerate(lengths.tolist()):
+        start, end = int(starts[row]), int(starts[row + 1])
+        for token in range(start, end):
+            seen = slice(max(0, length - (end - 1 - token) - (window or length)), length - (end - 1 - token))
+            for head in range(q.shape[1]):
+                kv_head = head // (q.shape[1] // len(case.keys[row]))
+                scores = case.keys[row][kv_head, seen].double() @ q[token, head].double() * case.scale
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                out[token, head] = scores.softmax(0) @ case.values[row][kv_head, seen].double()
+    return out

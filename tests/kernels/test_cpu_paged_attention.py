@@ -1,0 +1,86 @@
+"""The Numba paged attention against float64 attention over keys and values that were never paged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+from minillm.kernels.cpu import paged_attention as kernel
+from tests.kernels.paged import Case, float64_attention, make_case
+
+
+def attend(case: Case, **options) -> torch.Tensor:
+    longest = int(case.arguments[4].diff().max())
+    return kernel.paged_attention(*case.arguments, max_query_len=longest, scale=case.scale, **options)
+
+
+SHAPES = ({"group": 3, "head_dim": 16, "block_size": 16}, {"group": 1, "head_dim": 80, "block_size": 5})
+
+
+@st.composite
+def cases(draw) -> Case:
+    lengths = draw(st.lists(st.integers(1, 150), min_size=1, max_size=5))
+    queries = [draw(st.integers(1, min(length, 25))) for length in lengths]
+    return make_case(
+        queries,
+        lengths,
+        kv_heads=draw(st.sampled_from([1, 2])),
+        **draw(st.sampled_from(SHAPES)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        seed=draw(st.integers(0, 100)),
+    )
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([None, 1, 7, 100]), st.sampled_from([None, 5.0]), st.sampled_from([1, 10**6]))
+def test_equals_float64(case, window, soft_cap, min_tiles):
+    """Whatever the batch; unused blocks and slots hold NaN, which must not leak; on one thread and on several."""
+    kernel.MIN_TILES_PER_THREAD, before = min_tiles, kernel.MIN_TILES_PER_THREAD
+    try:
+        ours = attend(case, window=window, soft_cap=soft_cap)
+    finally:
+        kernel.MIN_TILES_PER_THREAD = before
+    expected = float64_attention(case, window=window, soft_cap=soft_cap)
+    assert ours.dtype is case.arguments[0].dtype
+    tolerance = 2e-5 if ours.dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("group", "block_size"), [(7, 1), (1, 8), (4, 32), (2, 64)])
+def test_shapes_of_models(group, block_size):
+    case = make_case([1, 1, 3], [70, 1, 33], kv_heads=2, group=group, head_dim=64, block_size=block_size)
+    ours = attend(case)
+    torch.testing.assert_close(ours.double(), float64_attention(case), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7, 50])
+def test_rows_cut_anywhere_are_put_together_again(threads, monkeypatch):
+    """One long sequence, and several: the tiles are cut into so many parts, also through single rows."""
+    monkeypatch.setattr(kernel, "MIN_TILES_PER_THREAD", 1)
+    monkeypatch.setattr(kernel, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for lengths in ([400], [3, 90, 20], [1, 1, 1]):
+        case = make_case([1] * len(lengths), lengths, kv_heads=2, group=3, head_dim=16, block_size=8)
+        ours = attend(case)
+        torch.testing.assert_close(ours.double(), float64_attention(case), atol=2e-5, rtol=2e-5)
+
+
+def test_a_first_tile_of_which_nothing_is_seen():
+    """A window that ends inside a later block; and scores so low that a careless maximum would stay at zero."""
+    case = make_case([1], [100], kv_heads=1, group=2, head_dim=16, block_size=16)
+    q, k, *_ = case.arguments
+    for keys in (k, *case.keys):
+        keys.abs_().mul_(-50)
+    q.abs_()
+    expected = float64_attention(case, window=5)
+    ours = attend(case, window=5)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_it_does_not_take_goes_to_the_reference():
+    case = make_case([1, 4], [20, 9], kv_heads=1, group=2, head_dim=16, block_size=4, dtype=torch.float16)
+    ours = attend(case)
+    torch.testing.assert_close(ours.double(), float64_attention(case), atol=5e-3, rtol=5e-3)

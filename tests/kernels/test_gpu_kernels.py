@@ -1,0 +1,93 @@
+"""The Triton kernels in Triton's interpreter (on a GPU: themselves) against float64 and PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+from minillm.cache import reference
+from minillm.kernels.gpu import paged_attention as kernel
+from minillm.kernels.gpu.write_kv import write_kv
+from tests.kernels.paged import Case, float64_attention, make_case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+def attend(case: Case, queries: list[int], **options) -> torch.Tensor:
+    return kernel.paged_attention(*case.arguments, max_query_len=max(queries), scale=case.scale, **options).cpu()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3),
+    data=st.data(),
+    group=st.sampled_from([1, 3, 4, 7]),
+    head_dim=st.sampled_from([16, 64, 80]),
+    block_size=st.sampled_from([1, 8, 16, 32]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    window=st.sampled_from([None, 1, 9, 60]),
+    soft_cap=st.sampled_from([None, 5.0]),
+)
+def test_equals_float64(lengths, data, group, head_dim, block_size, dtype, window, soft_cap):
+    """Ragged lengths, scattered blocks; unused slots hold NaN, which must not leak."""
+    queries = [data.draw(st.integers(1, min(length, 20))) for length in lengths]
+    case = make_case(
+        queries,
+        lengths,
+        kv_heads=2,
+        group=group,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=DEVICE,
+        seed=data.draw(st.integers(0, 99)),
+    )
+    ours = attend(case, queries, window=window, soft_cap=soft_cap)
+    assert ours.dtype is dtype
+    expected = float64_attention(case, window=window, soft_cap=soft_cap)
+    torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("window", [None, 40])
+def test_split_keys_are_put_together_again(splits, window, monkeypatch):
+    """More splits than a short sequence has tiles: some have nothing to say."""
+    monkeypatch.setattr(kernel, "num_splits", lambda *_: splits)
+    queries, lengths = [1, 1, 1], [300, 5, 64]
+    case = make_case(queries, lengths, kv_heads=2, group=3, head_dim=16, block_size=16, device=DEVICE)
+    ours = attend(case, queries, window=window)
+    torch.testing.assert_close(ours.double(), float64_attention(case, window=window), atol=2e-5, rtol=2e-5)
+
+
+def test_splits_fill_the_chip_and_no_more():
+    assert kernel.num_splits(programs=8, max_keys=65_536, processors=132) == kernel.MAX_SPLITS
+    assert kernel.num_splits(programs=264, max_keys=65_536, processors=132) == 2
+    assert kernel.num_splits(programs=2048, max_keys=65_536, processors=132) == 1
+    assert kernel.num_splits(programs=1, max_keys=100, processors=132) == 1
+
+
+def test_rows_without_keys_are_zero():
+    """As a CUDA graph's padding has them: length 0, nothing is read."""
+    case = make_case([1, 1], [20, 1], kv_heads=1, group=2, head_dim=16, block_size=16, device=DEVICE)
+    case.arguments[5][1] = 0
+    assert not attend(case, [1, 1])[1].any()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 6), st.sampled_from([(1, 16), (3, 64), (2, 80)]), st.sampled_from([1, 5, 16]), st.integers(0, 99))
+def test_keys_and_values_go_to_their_slots(tokens, shape, block_size, seed):
+    torch.manual_seed(seed)
+    heads, dim = shape
+    caches = torch.zeros(2, 8, heads, block_size, dim, device=DEVICE)
+    packed = torch.randn(tokens, 3 * heads, dim, device=DEVICE)  # k and v as they come out of the packed projection
+    k, v = packed[:, heads : 2 * heads], packed[:, 2 * heads :]
+    slots = torch.randperm(8 * block_size, device=DEVICE)[:tokens]
+    slots[torch.rand(len(slots), device=DEVICE) < 0.2] = reference.NO_SLOT
+    expected = caches.clone()
+    reference.write_kv(*expected, k[: len(slots)], v[: len(slots)], slots)
+    write_kv(*caches, k[: len(slots)], v[: len(slots)], slots)
+    assert torch.equal(caches, expected)
