@@ -848,5 +848,5 @@ if share is not None:
 # </details>
 #
 # ---
-# **Next:** `07_the_waste_of_reservation` (to come): requests that arrive and leave, what reservation wastes over time,
+# **Next:** `07_memory_waste`: requests that arrive and leave, what reservation wastes over time,
 # and then the mend, blocks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -21,14 +22,27 @@ NEW = 24
 RNG = random.Random(0)
 PROMPTS = [[RNG.randrange(160) for _ in range(RNG.choice((1, 2, 5, 15, 16, 17, 40, 60)))] for _ in range(28)]
 PROMPTS += [PROMPTS[3] + [7], PROMPTS[3], (PROMPTS[6] * 60)[:48], (PROMPTS[6] * 60)[:48]]  # shared beginnings
-SETTINGS = [
-    # block_size, chunk (tokens a step), prefix caching, blocks
-    {"block_size": 16, "max_num_batched_tokens": 64, "enable_prefix_caching": True, "num_gpu_blocks_override": 14},
-    {"block_size": 1, "max_num_batched_tokens": 7, "enable_prefix_caching": False, "num_gpu_blocks_override": 130},
-    {"block_size": 8, "max_num_batched_tokens": 7, "enable_prefix_caching": True, "num_gpu_blocks_override": 24},
-    {"block_size": 32, "max_num_batched_tokens": 64, "enable_prefix_caching": False, "num_gpu_blocks_override": 7},
-    {"block_size": 16, "max_num_batched_tokens": 1, "enable_prefix_caching": True, "num_gpu_blocks_override": 8},
-]
+BLOCK_SIZES, CHUNKS, CACHING, BACKENDS = (1, 8, 16, 32), (1, 7, 64), (True, False), ("reference", "auto")
+GRID = list(itertools.product(BLOCK_SIZES, CHUNKS, CACHING, BACKENDS))
+POOL_TOKENS = {1: 96, 7: 128, 64: 208}
+"""So little that requests preempt each other; a step of one token has one request, and nothing to preempt."""
+
+
+def settings_of(number: int) -> list[tuple[int, int, bool, str]]:
+    """Six of the grid's 48: every block size, every chunk, with and without; the families together see all of it."""
+    return [
+        (
+            BLOCK_SIZES[(number + j) % 4],
+            CHUNKS[j % 3],
+            CACHING[(number // 4 + j // 2) % 2],
+            BACKENDS[(number + j + j // 3) % 2],
+        )
+        for j in range(6)
+    ]
+
+
+def test_families_see_all_settings():
+    assert {setting for number in range(len(FAMILIES)) for setting in settings_of(number)} == set(GRID)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -42,20 +56,21 @@ def family(request, tmp_path_factory):
 def test_greedy_tokens_with_preemption(family, report):
     name, folder, expected = family
     compared, preemptions, hits = TokenComparison(), [], 0
-    for settings in SETTINGS:
-        seats = min(32, settings["max_num_batched_tokens"])
-        sizes = {"max_num_seqs": seats, "max_model_len": 100, "dtype": "float32", "device": "cpu"}
-        with LLM(folder, skip_tokenizer_init=True, **sizes, **settings) as llm:
+    for block_size, chunk, caching, backend in settings_of(list(FAMILIES).index(name)):
+        sizes = {"max_num_seqs": min(32, chunk), "max_num_batched_tokens": chunk, "max_model_len": 100}
+        memory = {"block_size": block_size, "num_gpu_blocks_override": -(-POOL_TOKENS[chunk] // block_size)}
+        how = {"enable_prefix_caching": caching, "attention_backend": backend, "dtype": "float32", "device": "cpu"}
+        with LLM(folder, skip_tokenizer_init=True, **sizes, **memory, **how) as llm:
             outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=NEW), use_tqdm=False)
             counts, pool = llm.engine.counts, llm.engine.scheduler.pool
-            assert pool.num_free == pool.num_blocks
-            preemptions.append(counts.num_preemptions)
-            hits += counts.prefix_cache_hits
+        assert pool.num_free == pool.num_blocks
+        assert (counts.num_preemptions > 0) == (chunk > 1)
+        preemptions.append(counts.num_preemptions)
+        hits += counts.prefix_cache_hits
         for output, (tokens, gaps) in zip(outputs, expected, strict=True):
             compared.add(output.outputs[0].token_ids, tokens, gaps)
-    assert all(count > 0 for count in preemptions[:4]), preemptions
     assert hits > 0
-    report("paged engine x family (32 prompts x 5 settings)", f"{name:34} {compared}; {preemptions} preemptions")
+    report("paged engine x family (32 prompts x 6 settings)", f"{name:34} {compared}; {preemptions} preemptions")
 
 
 @torch.inference_mode()
