@@ -19,6 +19,7 @@ from minillm.cache.backends import attention_backend as choose_backend
 from minillm.cache.block_pool import BlockPool
 from minillm.checks import check_token_ids
 from minillm.engine.beam_search import beam_search
+from minillm.engine.cuda_graphs import ladder
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from minillm.engine.params import BeamSearchParams, SamplingParams
@@ -72,7 +73,7 @@ class LLM:
         enable_prefix_caching: find the blocks of a prompt's beginning that another request had.
         max_num_seqs: requests in a step.
         max_num_batched_tokens: tokens in a step.
-        enforce_eager: accepted; nothing is captured or compiled.
+        enforce_eager: do not record decode steps as CUDA graphs. Elsewhere nothing is recorded anyway.
         attention_backend: "numba" (CPU), "triton" (CUDA), "reference" (PyTorch, anywhere), or "auto".
         device: "auto", "cpu" or "cuda".
         trace: record every step (`llm.trace`).
@@ -123,6 +124,7 @@ class LLM:
         self.max_model_len = context if max_model_len is None else max_model_len
         sizes = SchedulerConfig(max_num_seqs, max_num_batched_tokens, self.max_model_len)
         backend = choose_backend(attention_backend, decoder.device)
+        graphs = backend.name == "triton" and not enforce_eager
         num_blocks = num_gpu_blocks_override
         if num_blocks is None:
             room = num_kv_blocks(
@@ -132,6 +134,7 @@ class LLM:
                 backend,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
                 gpu_memory_utilization=share,
+                graphs=graphs,
             )
             _check_context(self.max_model_len, room * block_size)
             num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))  # more are never held
@@ -143,6 +146,8 @@ class LLM:
         self._runner.warm_up(
             min(WARM_UP_TOKENS, self.max_model_len, max_num_batched_tokens, pool.num_blocks * block_size)
         )
+        if graphs:
+            self._runner.record_graphs(ladder(max_num_seqs))
         self.trace = Trace() if trace else None
         self.engine = Engine(
             Scheduler(sizes, pool),

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -186,6 +187,31 @@ def _merge(
     tl.store(out + row * HEAD_DIM + dim, merged.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
+class Tile(NamedTuple):
+    """What a program works on at a time, rows (queries × group) by keys; on how many warps; how many tiles ahead."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(dtype: torch.dtype, head_dim: int, group: int, max_query_len: int) -> Tile:
+    """Single queries: as few rows as `tl.dot` takes. Prompts: as many as registers hold."""
+    least = max(16, triton.next_power_of_2(group))
+    if max_query_len * group <= least:
+        keys = 32 if dtype is torch.float32 else 128 if head_dim <= 128 else 64
+        return Tile(least, keys, 4, 2)
+    if dtype is torch.float32:
+        return Tile(least, 32, 4, 2)
+    rows = min(64 if head_dim > 128 else 128, triton.next_power_of_2(max_query_len * group))
+    return Tile(max(least, rows), 64, 8 if rows == 128 else 4, 2)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 @cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; Triton's interpreter has none to speak of."""
@@ -222,10 +248,8 @@ def paged_attention(
     _, kv_heads, block_size, _ = k_cache.shape
     seqs = len(seq_lens)
     group = heads // kv_heads
-    rows = max(16, triton.next_power_of_2(min(max_query_len * group, 64 if q.dtype is torch.float32 else 128)))
-    rows = max(rows, triton.next_power_of_2(group))
-    dim = max(16, triton.next_power_of_2(head_dim))
-    keys = 32 if q.dtype is torch.float32 else 64
+    tile = tile_of(q.dtype, head_dim, group, max_query_len)
+    rows = tile.rows
     tiles = tokens // (rows // group) + seqs
     splits = 1
     if max_query_len == 1:
@@ -257,18 +281,18 @@ def paged_attention(
         k_cache.stride(0),
         k_cache.stride(1),
         splits,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        ROWS=rows,
-        DIM=dim,
-        KEYS=keys,
-        HAS_WINDOW=window is not None,
-        HAS_CAP=soft_cap is not None,
-        SPLIT=splits > 1,
-        WIDEN=needs_widening(q.dtype),
-        num_warps=8 if rows == 128 else 4,
-        num_stages=3 if rows == 16 else 2,
+        **constants(
+            tile,
+            group,
+            head_dim,
+            block_size,
+            split=splits > 1,
+            HAS_WINDOW=window is not None,
+            HAS_CAP=soft_cap is not None,
+            WIDEN=needs_widening(q.dtype),
+        ),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     if splits > 1:
         _merge[(tokens * heads,)](
@@ -277,11 +301,28 @@ def paged_attention(
             out,
             splits,
             HEAD_DIM=head_dim,
-            DIM=dim,
+            DIM=_padded(head_dim),
             SPLITS=triton.next_power_of_2(splits),
-            num_warps=1,
+            num_warps=4,
         )
     return out
+
+
+def constants(tile: Tile, group: int, head_dim: int, block_size: int, *, split: bool, **kinds: bool) -> dict[str, Any]:
+    """The compile-time constants of the kernel; `kinds` are HAS_WINDOW, HAS_CAP and WIDEN."""
+    kinds = {"HAS_WINDOW": False, "HAS_CAP": False, "WIDEN": False} | kinds
+    sizes = {"GROUP": group, "HEAD_DIM": head_dim, "DIM": _padded(head_dim), "BLOCK_SIZE": block_size}
+    return sizes | {"ROWS": tile.rows, "KEYS": tile.keys, "SPLIT": split} | kinds
+
+
+def argument_types(dtype: str, *, split: bool) -> dict[str, str]:
+    """What the kernel's other arguments are, for `compile_ahead`."""
+    pointers = dict.fromkeys(("q", "k_cache", "v_cache"), f"*{dtype}:16")
+    pointers |= dict.fromkeys(("block_tables", "query_starts", "seq_lens"), "*i64:16")
+    pointers |= dict.fromkeys(("out", "stats"), "*fp32:16" if split else f"*{dtype}:16")
+    strides = dict.fromkeys(("q_token", "q_head", "out_token", "kv_block", "kv_head_stride"), "i32:16")
+    numbers = dict.fromkeys(("window", "num_seqs", "table_row", "num_splits"), "i32")
+    return pointers | strides | numbers | {"scale": "fp32", "soft_cap": "fp32"}
 
 
 def needs_widening(dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from minillm.cache.block_pool import BlockPool
 from minillm.cache.block_table import BlockTable, Copy
 from minillm.cache.paged import PagedBatch, PagedKVCache
 from minillm.cache.reference import NO_SLOT
+from minillm.engine.cuda_graphs import DecodeGraphs, ladder
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Schedule, SchedulerConfig
 from minillm.errors import ConfigError, OutOfMemoryError
@@ -83,15 +84,20 @@ class ModelRunner:
             decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=self.device, backend=backend
         )
         max_blocks = min(-(-sizes.max_model_len // block_size), num_blocks)
-        self._tokens = self._buffer(sizes.max_num_batched_tokens)
-        self._positions = self._buffer(sizes.max_num_batched_tokens)
+        self.tokens = self._buffer(sizes.max_num_batched_tokens)
+        self.positions = self._buffer(sizes.max_num_batched_tokens)
         self._slots = self._buffer(sizes.max_num_batched_tokens)
         self._query_starts = self._buffer(sizes.max_num_seqs + 1)
         self._seq_lens = self._buffer(sizes.max_num_seqs)
         self._block_tables = self._buffer(sizes.max_num_seqs, max_blocks)
+        self._graphs: DecodeGraphs | None = None
 
     def _buffer(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def record_graphs(self, sizes: Sequence[int]) -> None:
+        """On CUDA, record decode steps of these batch sizes; `compute` then replays them."""
+        self._graphs = DecodeGraphs(self, list(sizes))
 
     def compute(self, step: Schedule) -> StepLogits:
         """Compute a step's tokens, and the logits that somebody wants."""
@@ -105,6 +111,9 @@ class ModelRunner:
             )
             for part in step.scheduled
         ]
+        are_decodes = all(part.count == 1 and not part.wants_prompt_logprobs for part in step.scheduled)
+        if self._graphs is not None and are_decodes and (size := self._graphs.size_for(len(chunks))):
+            return StepLogits(self._replay(self._graphs, chunks, size), {})
         hidden = self.hidden(chunks)
         last, prompts, end = [], {}, 0
         for part in step.scheduled:
@@ -116,20 +125,43 @@ class ModelRunner:
                 prompts[part.request] = self.logits(hidden[start : start + followed])
         return StepLogits(self.logits(hidden[last]), prompts)
 
+    def _replay(self, graphs: DecodeGraphs, chunks: Sequence[Chunk], size: int) -> Float[Tensor, "rows vocab"]:
+        self.empty_decode_batch(size)
+        self.kv.begin(self._fill_inputs(chunks))  # makes the copies, which are not recorded
+        return graphs.replay(size)[: len(chunks)]
+
+    def empty_decode_batch(self, size: int) -> PagedBatch:
+        """The input tensors of a decode step of so many sequences, none of which has a key."""
+        self.tokens[:size] = 0
+        self.positions[:size] = 0
+        self._slots[:size] = NO_SLOT
+        self._seq_lens[:size] = 0
+        torch.arange(size + 1, out=self._query_starts[: size + 1])
+        return PagedBatch(
+            self._slots[:size],
+            self._query_starts[: size + 1],
+            self._seq_lens[:size],
+            self._block_tables[:size],
+            1,
+        )
+
     @torch.inference_mode()
     def hidden(self, chunks: Sequence[Chunk]) -> Float[Tensor, "tokens hidden"]:
         """The last layer's output for every token of a step."""
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + len(chunk.tokens))]
-        self.kv.begin(self._batch(chunks))
-        return self.decoder.hidden(_fill(self._tokens, tokens), _fill(self._positions, positions), self.kv)
+        batch = self._fill_inputs(chunks)
+        self.kv.begin(batch)
+        count = len(batch.slot_mapping)
+        return self.decoder.hidden(self.tokens[:count], self.positions[:count], self.kv)
 
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Scores of the next token, in float32."""
         return self.decoder.logits(hidden).float()
 
-    def _batch(self, chunks: Sequence[Chunk]) -> PagedBatch:
+    def _fill_inputs(self, chunks: Sequence[Chunk]) -> PagedBatch:
+        """Write down a step in the input tensors."""
+        _fill(self.tokens, [token for chunk in chunks for token in chunk.tokens])
+        _fill(self.positions, [at for chunk in chunks for at in range(chunk.start, chunk.start + len(chunk.tokens))])
         slots: list[int] = []
         starts = [0]
         for chunk in chunks:
@@ -170,7 +202,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give weights, keys and values back."""
-        del self.decoder, self.kv, self._tokens, self._positions, self._slots
+        del self.decoder, self.kv, self._graphs, self.tokens, self.positions, self._slots
         del self._query_starts, self._seq_lens, self._block_tables
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -191,12 +223,14 @@ def num_kv_blocks(
     *,
     kv_cache_memory_bytes: int | None,
     gpu_memory_utilization: float,
+    graphs: bool,
 ) -> int:
     """How many blocks there is memory for: on a CPU a number of bytes, on CUDA what weights and steps leave.
 
     Args:
         kv_cache_memory_bytes: this much, on any device.
         gpu_memory_utilization: share of a CUDA device's memory to use in all.
+        graphs: whether decode steps will be recorded there.
 
     Raises:
         OutOfMemoryError: there is no room for one block.
@@ -208,7 +242,7 @@ def num_kv_blocks(
         if is_cuda:
             total = torch.cuda.get_device_properties(decoder.device).total_memory
             kv_cache_memory_bytes = int(total * gpu_memory_utilization) - _cuda_bytes(
-                decoder, block_size, sizes, backend
+                decoder, block_size, sizes, backend, graphs=graphs
             )
     if kv_cache_memory_bytes < block_bytes:
         raise OutOfMemoryError(
@@ -220,8 +254,10 @@ def num_kv_blocks(
     return kv_cache_memory_bytes // block_bytes
 
 
-def _cuda_bytes(decoder: Decoder, block_size: int, sizes: SchedulerConfig, backend: AttentionBackend) -> int:
-    """Memory of the device that other programs, the weights and a largest step take, this one measured."""
+def _cuda_bytes(
+    decoder: Decoder, block_size: int, sizes: SchedulerConfig, backend: AttentionBackend, *, graphs: bool
+) -> int:
+    """Memory of the device that other programs, the weights, graphs and a largest step take; the last two by trial."""
     tokens = min(sizes.max_num_batched_tokens, sizes.max_num_seqs * sizes.max_model_len)
     sequences = -(-tokens // sizes.max_model_len)
     try:
@@ -229,12 +265,16 @@ def _cuda_bytes(decoder: Decoder, block_size: int, sizes: SchedulerConfig, backe
         kept = trial.kv.num_bytes
         torch.cuda.reset_peak_memory_stats(decoder.device)
         trial.warm_up(tokens)
+        peak = torch.cuda.max_memory_allocated(decoder.device) - kept
+        reserved = torch.cuda.memory_reserved(decoder.device)
+        if graphs:
+            trial.record_graphs(ladder(sizes.max_num_seqs)[-1:])
+        peak += torch.cuda.memory_reserved(decoder.device) - reserved
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"a step of {tokens} tokens does not fit beside the weights: lower max_num_batched_tokens or max_num_seqs, "
             "or choose a smaller model"
         ) from error
-    peak = torch.cuda.max_memory_allocated(decoder.device) - kept
     trial.close()
     free, total = torch.cuda.mem_get_info(decoder.device)
     others = total - free - torch.cuda.memory_reserved(decoder.device)

@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         if self.config.embedding_scale != 1.0:
             # Rounded to the weights' dtype first, as Gemma was trained.
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device="cpu").item()
         if self.project_in is not None:
             x = self.project_in(x)
         if self.position_embedding is not None:

@@ -277,7 +277,7 @@ plt.show()
 assert counts == {"a": 1, "b": 1, "c": 14}
 
 # %% [markdown]
-# `ModelRunner._batch` describes this row to the key/value store. Its tensors still hold what they were filled with for
+# `ModelRunner._fill_inputs` describes this row to the key/value store. Its tensors still hold what they were filled with for
 # this step:
 
 # %%
@@ -285,8 +285,8 @@ runner = small.engine.runner
 batch = runner.kv._batch
 total = sum(counts.values())
 for name, tensor in (
-    ("tokens", runner._tokens[:total]),
-    ("positions", runner._positions[:total]),
+    ("tokens", runner.tokens[:total]),
+    ("positions", runner.positions[:total]),
     ("slot_mapping", batch.slot_mapping),
     ("query_starts", batch.query_starts),
     ("seq_lens", batch.seq_lens),
@@ -309,7 +309,7 @@ slots = [
     for part in step.parts
     for position in range(part.start, part.start + part.count)
 ]
-assert runner._positions[:total].tolist() == positions
+assert runner.positions[:total].tolist() == positions
 assert batch.slot_mapping.tolist() == slots
 assert batch.query_starts.tolist() == [0, 1, 2, 16]
 assert batch.seq_lens.tolist() == [part.start + part.count for part in step.parts]
@@ -320,7 +320,7 @@ assert batch.seq_lens.tolist() == [part.start + part.count for part in step.part
 # %%
 from minillm.engine.runner import ModelRunner
 
-show_source(ModelRunner._batch)
+show_source(ModelRunner._fill_inputs)
 
 # %% [markdown]
 # Attention over this description is `paged_attention` (notebook 09, and on a GPU the kernels of notebook 10). After the

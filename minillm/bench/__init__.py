@@ -1,0 +1,1 @@
+"""How fast it is: measurements that print a table, never tests."""
