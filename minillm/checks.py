@@ -17,7 +17,12 @@ def check_token_ids(tokens: Iterable[int], vocab_size: int, what: str = "") -> N
 
 
 def check_sizes(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each of these fields is at least 1."""
+    """Raise ConfigError unless each of these fields is a whole number of at least 1."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
+        check_size(name, getattr(config, name))
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raise ConfigError unless the value is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")

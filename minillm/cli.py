@@ -272,11 +272,11 @@ def _answer(writer: Writer, conversation: list[dict[str, str]], stats: bool) -> 
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
-    from minillm.models.tokenizer import chat_token_ids
+    from minillm.models.tokenizer import chat_prompt
 
     for message in conversation:
         _whole_characters(message["content"])
-    return chat_token_ids(tokenizer, conversation, add_generation_prompt=True)
+    return chat_prompt(tokenizer, conversation, add_generation_prompt=True)[1]
 
 
 def _messages() -> Iterator[str]:

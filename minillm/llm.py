@@ -7,6 +7,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -17,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.cache.backends import attention_backend as choose_backend
 from minillm.cache.block_pool import BlockPool
-from minillm.checks import check_token_ids
+from minillm.checks import check_size, check_token_ids
 from minillm.engine.beam_search import beam_search
 from minillm.engine.cuda_graphs import ladder
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
-from minillm.engine.params import BeamSearchParams, SamplingParams
+from minillm.engine.params import BeamSearchParams, RequestOutputKind, SamplingParams
 from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization, num_kv_blocks
 from minillm.engine.sampler import Sampler
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
@@ -30,7 +31,7 @@ from minillm.engine.trace import Trace
 from minillm.errors import ConfigError, InvalidRequestError, OutOfMemoryError, TokenizerError
 from minillm.models.loader import load_model
 from minillm.models.source import resolve
-from minillm.models.tokenizer import chat_token_ids, get_tokenizer, stop_token_ids
+from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids
 from minillm.text import read_json
 from minillm.transformer.search import Hypothesis
 
@@ -66,7 +67,8 @@ class LLM:
         quantization: only None.
         seed: of the draws of requests without a seed of their own.
         gpu_memory_utilization: share of a GPU's memory to use in all. On a CPU `kv_cache_memory_bytes` decides.
-        kv_cache_memory_bytes: memory for keys and values; on a CPU 1 GiB when None.
+        kv_cache_memory_bytes: memory for keys and values. On a CPU, None is 1 GiB, or what `max_num_seqs` sequences of
+            full length take if that is less.
         num_gpu_blocks_override: this many blocks of keys and values, whatever the memory.
         max_model_len: tokens of a prompt and its answer; the model's context when None.
         block_size: tokens of a block of keys and values.
@@ -109,6 +111,14 @@ class LLM:
         **unknown: Any,
     ) -> None:
         _refuse(unknown, tensor_parallel_size, quantization)
+        given = {"kv_cache_memory_bytes": kv_cache_memory_bytes, "num_gpu_blocks_override": num_gpu_blocks_override}
+        for name, size in {"block_size": block_size, "max_model_len": max_model_len, **given}.items():
+            if size is not None:
+                check_size(name, size)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ConfigError(f"seed must be a whole number of at most 64 bits, not {seed!r}")
+        if not isinstance(model, str | Path) or not str(model):
+            raise ConfigError(f"model must be a name or a path, not {model!r}")
         if trust_remote_code:
             warnings.warn("trust_remote_code is not needed: no code from a model is executed", stacklevel=2)
         path = resolve(model)
@@ -137,7 +147,9 @@ class LLM:
                 graphs=graphs,
             )
             _check_context(self.max_model_len, room * block_size)
-            num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))  # more are never held
+            num_blocks = room
+            if kv_cache_memory_bytes is None and decoder.device.type == "cpu":
+                num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))
         pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         self._generation_config = _generation_config(path)
         end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
@@ -181,7 +193,7 @@ class LLM:
         Raises:
             InvalidRequestError: a prompt or a parameter that cannot be; nothing has been generated then.
         """
-        names = self._add(_many(prompts), sampling_params)
+        names = self._add(_many(prompts), sampling_params, RequestOutputKind.FINAL_ONLY)
         done: dict[str, RequestOutput] = {}
         written = 0
         start = time.perf_counter()
@@ -210,8 +222,8 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -230,7 +242,11 @@ class LLM:
         Raises:
             TokenizerError: no chat template, or one that refuses the conversation.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+            raise InvalidRequestError(
+                "messages are a list of {'role': …, 'content': …}, or a list of such lists, not " + repr(messages)
+            )
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
         options = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -238,8 +254,10 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
+        tokenizer = self.get_tokenizer()
         prompts = [
-            chat_token_ids(self.get_tokenizer(), cast(Sequence[Message], one), **options) for one in conversations
+            {"prompt": text, "prompt_token_ids": ids}
+            for text, ids in (chat_prompt(tokenizer, cast(Sequence[Message], one), **options) for one in conversations)
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -248,10 +266,14 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """The most probable answers, by beam search; one prompt after the other.
 
+        As in vLLM, a beam's text begins with its prompt.
+
         Raises:
             InvalidRequestError: a prompt that cannot be, or more beams than `max_num_seqs`.
             CacheFullError: the beams do not fit into memory.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError(f"params must be BeamSearchParams, not {params!r}")
         if params.beam_width > self._sizes.max_num_seqs:
             raise InvalidRequestError(
                 f"beam_width ({params.beam_width}) is above max_num_seqs ({self._sizes.max_num_seqs})"
@@ -315,11 +337,19 @@ class LLM:
 
     # --- inside
 
-    def _add(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[str]:
-        """Take all requests in, or none."""
+    def _add(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        output_kind: RequestOutputKind | None = None,
+    ) -> list[str]:
+        """Take all requests in, or none; `output_kind` stands above what the parameters say."""
         self._check_open()
         if not isinstance(params, Sequence):
             params = [self.get_default_sampling_params() if params is None else params] * len(prompts)
+        for one in params:
+            if not isinstance(one, SamplingParams):
+                raise InvalidRequestError(f"sampling_params must be SamplingParams, or a list of them, not {one!r}")
         if len(params) != len(prompts):
             raise InvalidRequestError(
                 f"{len(prompts)} prompts and {len(params)} sampling_params: give one for all or each"
@@ -329,7 +359,8 @@ class LLM:
             for prompt, one in zip(prompts, params, strict=True):
                 text, ids = self._token_ids(prompt)
                 name = next(self._names)
-                self.engine.add_request(name, ids, one, prompt=text)
+                wanted = one if output_kind is None else replace(one, output_kind=output_kind)
+                self.engine.add_request(name, ids, wanted, prompt=text)
                 names.append(name)
         except BaseException:
             self._abort(names)
@@ -344,6 +375,9 @@ class LLM:
                 mine = [output for output in self._outbox if output.request_id in left]
                 self._outbox = [output for output in self._outbox if output.request_id not in left]
                 if not mine:
+                    self._check_open()
+                    if gone := left - self.engine.unfinished:
+                        raise InvalidRequestError(f"request {', '.join(sorted(gone))} was aborted by somebody else")
                     self._outbox += self.engine.step()  # a step may bring on what others wait for
                 for output in mine:
                     if output.finished:
@@ -365,20 +399,21 @@ class LLM:
     def _token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text, if it has one, and its tokens."""
         if isinstance(prompt, Mapping):
-            unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
-            if unknown or len(prompt) != 1:
+            if not prompt or prompt.keys() - {"prompt", "prompt_token_ids"}:
                 raise InvalidRequestError(
                     f"a prompt is {{'prompt': text}} or {{'prompt_token_ids': ids}}, not a dict of {', '.join(prompt)}"
                 )
-            prompt = cast(Prompt, next(iter(prompt.values())))
-        if isinstance(prompt, str):
-            return prompt, encode_prompt(self.get_tokenizer(), prompt)
-        ids = list(prompt)
-        if not all(isinstance(token, int) for token in ids):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if ids is None and isinstance(text, str):
+            return text, encode_prompt(self.get_tokenizer(), text)
+        is_list = isinstance(ids, Sequence) and not isinstance(ids, str | bytes)
+        if not is_list or not all(isinstance(token, int) for token in cast(Sequence[Any], ids)):
             raise InvalidRequestError(
-                "a prompt is a text or a list of token ids: give several prompts as a list of these"
+                f"a prompt is a text or a list of token ids, not {type(ids).__name__}: give several as a list of these"
             )
-        return None, cast(list[int], ids)
+        return text, list(cast(Sequence[int], ids))
 
     def _check_beam_prompt(self, tokens: Sequence[int], params: BeamSearchParams) -> None:
         check_token_ids(tokens, self._check_open().decoder.config.vocab_size, "prompt")
@@ -405,7 +440,7 @@ class LLM:
                     tokens + beam.tokens,
                     beam.score * _length(beam, params) ** params.length_penalty,
                     beam.score,
-                    self._decode(beam.tokens),
+                    self._decode(tokens + beam.tokens),
                     "length" if len(beam.tokens) == params.max_tokens else "stop",
                 )
                 for beam in found
@@ -435,7 +470,11 @@ def _length(beam: Hypothesis, params: BeamSearchParams) -> int:
 
 def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt as a list of one."""
-    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise InvalidRequestError(f"prompts are a text, token ids, or a list of them, not {type(prompts).__name__}")
+    if prompts and isinstance(prompts[0], int):
         return [cast(Prompt, prompts)]
     if not prompts:
         raise InvalidRequestError("there is no prompt: give at least one")

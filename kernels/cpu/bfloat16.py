@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 
@@ -52,3 +52,27 @@ def narrow(value):
     bits = float_to_bits(np.float32(value))
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+def read(number):  # pragma: no cover
+    """A stored number as a float32."""
+    raise NotImplementedError("only inside compiled code")
+
+
+def write(like, value):  # pragma: no cover
+    """A float32 as it is stored beside `like`."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(read, inline="always")
+def _read(number):
+    if number == types.uint16:
+        return lambda number: widen(number)
+    return lambda number: number
+
+
+@overload(write, inline="always")
+def _write(like, value):
+    if like == types.uint16:
+        return lambda like, value: narrow(value)
+    return lambda like, value: value

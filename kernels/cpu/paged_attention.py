@@ -38,12 +38,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numba import get_num_threads, njit, prange
-from numba.core import types
-from numba.extending import overload
 from torch import Tensor
 
 from minillm.cache import reference
-from minillm.kernels.cpu.bfloat16 import bits, narrow, widen
+from minillm.kernels.cpu.bfloat16 import bits, read, write
 from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, exp2, prefetch
 
 MANY_QUERIES = 16
@@ -54,30 +52,6 @@ ONLY_PRANGE = dict.fromkeys(
     ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
 )
 """Numba's option `parallel`: threads where `prange` says so, and nowhere else."""
-
-
-def read(number):  # pragma: no cover
-    """A stored number as a float32."""
-    raise NotImplementedError("only inside compiled code")
-
-
-def write(like, value):  # pragma: no cover
-    """A float32 as it is stored beside `like`."""
-    raise NotImplementedError("only inside compiled code")
-
-
-@overload(read, inline="always")
-def _read(number):
-    if number == types.uint16:
-        return lambda number: widen(number)
-    return lambda number: number
-
-
-@overload(write, inline="always")
-def _write(like, value):
-    if like == types.uint16:
-        return lambda like, value: narrow(value)
-    return lambda like, value: value
 
 
 @njit(fastmath=FASTMATH, inline="always")

@@ -43,10 +43,14 @@ class Detokenizer:
         self.num_given = 0
         self._tokens = list(prompt[-CONTEXT:])
         self._start, self._read = 0, len(self._tokens)
-        self._num_prompt = self._read
+        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
+        self._num_written = 0
 
     def add(self, token: int) -> str | None:
         """Take one more token; return the stop text that is complete now, if one is."""
+        self._num_written += 1
+        if token in self._skipped:
+            return None
         self._tokens.append(token)
         before = self._decode(self._tokens[self._start : self._read])
         after = self._decode(self._tokens[self._start :])
@@ -63,7 +67,7 @@ class Detokenizer:
         self._start, self._read = self._read, len(self._tokens)
         searched = len(self.text)
         self.text += new
-        if len(self._tokens) - self._num_prompt <= self.min_tokens:
+        if self._num_written <= self.min_tokens:
             return None
         found = []
         for stop in self.stops:

@@ -6,6 +6,7 @@ It is driven from outside: `LLM` calls `step` in a loop, a server in a thread, a
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,11 +26,6 @@ from minillm.engine.sampler import Choice
 from minillm.engine.scheduler import Schedule, Scheduled, Scheduler
 from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
-
-NOTHING_TO_CHOOSE = (
-    "no token can be chosen: allowed_token_ids, bad_words, min_tokens and logits_processors together forbid all of "
-    "them, or the logits are not numbers"
-)
 
 
 class Runner(Protocol):
@@ -115,6 +111,11 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._answers)
 
+    @property
+    def unfinished(self) -> set[str]:
+        """Ids of the requests that are being worked on."""
+        return set(self._answers)
+
     def add_request(
         self,
         request_id: str,
@@ -140,9 +141,20 @@ class Engine:
         self._answers[request_id] = _Answers(request_id, prompt, params, requests, detokenizers, [0] * params.n)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; return the outputs of the requests that it brought further."""
+        """Compute one step; return the outputs of the requests that it brought further.
+
+        Where it is interrupted, by an exception or Ctrl-C, requests are computed again from their beginnings by the
+        steps that follow, and nothing that was written is lost.
+        """
         if not self.scheduler.has_requests:
             return []
+        try:
+            return self._step()
+        except BaseException:  # Ctrl-C too
+            self.scheduler.take_back()
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         start = self.clock()
         step = self.scheduler.schedule()
         logits = self.runner.compute(step)
@@ -191,11 +203,13 @@ class Engine:
             )
         for what, ids in (
             ("prompt", tokens),
-            ("stop_token_ids", params.stop_token_ids or ()),
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("logit_bias", params.logit_bias or ()),
         ):
             check_token_ids(ids, self.vocab_size, what)
+        never = [token for token in params.stop_token_ids or () if not 0 <= token < self.vocab_size]
+        if never:
+            warnings.warn(f"stop_token_ids {never} are no tokens of this model, and end nothing", stacklevel=4)
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidRequestError("stop and bad_words are texts, and this engine has no tokenizer")
 
@@ -221,10 +235,11 @@ class Engine:
             bad_word_ids=bad_words,
         )
         if not params.is_greedy:
-            seed = (
-                torch.randint(2**62, (), generator=self._seeds).item() if params.seed is None else params.seed + index
-            )
-            request.generator = torch.Generator().manual_seed(int(seed))
+            if params.seed is None:
+                seed = int(torch.randint(2**62, (), generator=self._seeds))
+            else:
+                seed = (params.seed + index) % 2**64
+            request.generator = torch.Generator().manual_seed(seed)
         return request
 
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
@@ -275,7 +290,7 @@ class Engine:
 
     def _take_token(self, request: Request, choice: Choice, now: float) -> None:
         if choice.token is None:
-            self._finish(request, "error", NOTHING_TO_CHOOSE, now)
+            self._finish(request, "error", choice.error, now)
             return
         request.output_token_ids.append(choice.token)
         self.counts.generation_tokens += 1
@@ -333,7 +348,7 @@ class Engine:
         start, text = 0, ""
         is_delta = answers.params.output_kind is RequestOutputKind.DELTA
         if detokenizer is not None:
-            if finished and request.finish_reason != "stop":
+            if finished and not (request.finish_reason == "stop" and isinstance(request.stop_reason, str)):
                 detokenizer.finish()
             text = detokenizer.new_text(finished=finished)
             if not is_delta:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -111,13 +112,31 @@ class SamplingParams:
             _check_number(name, getattr(self, name), smallest, largest)
         for name, largest in (("repetition_penalty", math.inf), ("top_p", 1.0)):
             _check_number(name, getattr(self, name), 0.0, largest, above=True)
+        for name in (
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+        ):
+            _check_kind(name, getattr(self, name), bool, "True or False")
+        _check_kind("output_kind", self.output_kind, RequestOutputKind, "a RequestOutputKind")
+        if self.seed == -1:  # as in vLLM
+            self.seed = None
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})")
         for name in ("stop", "bad_words"):
-            if any(not isinstance(text, str) or not text for text in _texts(getattr(self, name))):
+            _check_list(name, _texts(getattr(self, name)), _is_text, "texts of one letter or more")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            _check_list(name, getattr(self, name), _is_int, "token ids")
+        _check_list("logits_processors", self.logits_processors, callable, "functions")
+        _check_kind("logit_bias", self.logit_bias or {}, dict, "a dict of token id → number")
+        for token, bias in (self.logit_bias or {}).items():
+            if not _is_int(token):
                 raise InvalidRequestError(
-                    f"{name} holds an empty text or something else: give texts of one letter or more"
+                    f"logit_bias must be a dict of token id → number, and {token!r} is no token id"
                 )
+            _check_number(f"logit_bias[{token}]", bias, -math.inf, math.inf)
         if self.stop and not self.detokenize:
             raise InvalidRequestError(
                 "stop is looked for in the text, and detokenize=False makes none: use stop_token_ids"
@@ -130,7 +149,7 @@ class SamplingParams:
     @property
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
-        return _texts(self.stop)
+        return tuple(_texts(self.stop))
 
     @property
     def is_greedy(self) -> bool:
@@ -148,7 +167,7 @@ class BeamSearchParams:
         ignore_eos: go on after the end-of-sequence token.
         temperature: 0 and 1 search the model's own distribution; others sharpen or flatten it.
         length_penalty: an answer's log-probability is divided by its length to this power.
-        include_stop_str_in_output: keep the end-of-sequence token in the text.
+        include_stop_str_in_output: only False is possible.
     """
 
     beam_width: int
@@ -163,10 +182,35 @@ class BeamSearchParams:
         _check_int("max_tokens", self.max_tokens, 1, math.inf)
         _check_number("temperature", self.temperature, 0.0, math.inf)
         _check_number("length_penalty", self.length_penalty, -math.inf, math.inf)
+        _check_kind("ignore_eos", self.ignore_eos, bool, "True or False")
+        if self.include_stop_str_in_output:
+            raise InvalidRequestError("include_stop_str_in_output is not implemented for beams: leave it at False")
 
 
-def _texts(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+def _texts(given: str | Sequence[str] | None) -> Sequence[str]:
+    return () if given is None else (given,) if isinstance(given, str) else given
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_kind(name: str, value: object, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise InvalidRequestError(f"{name} must be {what}, not {value!r}")
+
+
+def _check_list(name: str, values: object, is_right: Callable[[Any], bool], what: str) -> None:
+    """Raise unless None, or several of what is right."""
+    if values is None:
+        return
+    several = isinstance(values, Collection) and not isinstance(values, str | bytes | Mapping)
+    if not several or not all(map(is_right, cast(Collection[Any], values))):
+        raise InvalidRequestError(f"{name} must be a list of {what}, not {values!r}")
 
 
 def _check_int(name: str, value: int | None, lowest: float, highest: float) -> None:

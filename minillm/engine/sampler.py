@@ -18,12 +18,18 @@ from minillm.engine.outputs import Logprob, TokenLogprobs
 from minillm.engine.request import Request
 from minillm.transformer.sampling import MASKED, apply_penalties, draw, transform
 
+NOTHING_TO_CHOOSE = (
+    "no token can be chosen: allowed_token_ids, bad_words, min_tokens and logits_processors together forbid all of "
+    "them, or the logits are not numbers"
+)
+
 
 class Choice(NamedTuple):
-    """A request's next token, None where there is none to choose, and the log-probabilities that it asked for."""
+    """A request's next token, and the log-probabilities that it asked for; without a token, what is wrong."""
 
     token: int | None
     logprobs: TokenLogprobs | None = None
+    error: str = NOTHING_TO_CHOOSE
 
 
 class Sampler:
@@ -44,12 +50,15 @@ class Sampler:
         There is none where everything is forbidden, or where the logits are no numbers.
         """
         raw = logits
-        logits = penalise(self._restrict(logits, requests), requests)
+        logits, errors = self._restrict(logits, requests)
+        logits = penalise(logits, requests)
         best = logits.max(dim=-1)
         possible = best.values.isfinite().tolist()
         chosen = choose(logits, best.indices, requests).tolist()
         return [
-            self._choice(raw[row], chosen[row], request) if possible[row] else Choice(None)
+            self._choice(raw[row], chosen[row], request)
+            if possible[row]
+            else Choice(None, error=errors.get(row, NOTHING_TO_CHOOSE))
             for row, request in enumerate(requests)
         ]
 
@@ -70,15 +79,18 @@ class Sampler:
 
     def _restrict(
         self, logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]
-    ) -> Float[Tensor, "rows vocab"]:
-        """What single requests forbid or prefer, before any penalty."""
+    ) -> tuple[Float[Tensor, "rows vocab"], dict[int, str]]:
+        """What single requests forbid or prefer, before any penalty; and what was wrong with whose own functions."""
         rows = [row for row, request in enumerate(requests) if self._is_restricted(request)]
         if not rows:
-            return logits
-        logits = logits.clone()
+            return logits, {}
+        logits, errors = logits.clone(), {}
         for row in rows:
-            logits[row] = self._restricted(logits[row], requests[row])
-        return logits
+            try:
+                logits[row] = self._restricted(_processed(logits[row], requests[row]), requests[row])
+            except _ProcessorError as error:
+                logits[row], errors[row] = MASKED, str(error)
+        return logits, errors
 
     @staticmethod
     def _is_restricted(request: Request) -> bool:
@@ -88,8 +100,6 @@ class Sampler:
 
     def _restricted(self, row: Float[Tensor, "vocab"], request: Request) -> Float[Tensor, "vocab"]:
         params, written = request.params, request.output_token_ids
-        for process in params.logits_processors or ():
-            row = process(list(written), row)
         if params.allowed_token_ids is not None:
             allowed = torch.tensor(params.allowed_token_ids, device=row.device)
             row = torch.full_like(row, MASKED).index_copy(0, allowed, row[allowed])
@@ -100,6 +110,24 @@ class Sampler:
             banned |= {*(params.stop_token_ids or ()), *self.end_ids}
         row[sorted(banned)] = MASKED
         return row
+
+
+class _ProcessorError(Exception):
+    """One of a request's own functions failed."""
+
+
+def _processed(row: Float[Tensor, "vocab"], request: Request) -> Float[Tensor, "vocab"]:
+    """Logits as the request's own functions change them."""
+    for process in request.params.logits_processors or ():
+        try:
+            changed = process(list(request.output_token_ids), row)
+        except Exception as error:  # it may raise what it likes: only its own request ends
+            raise _ProcessorError(f"a logits processor raised {type(error).__name__}: {error}") from error
+        if not isinstance(changed, Tensor) or changed.shape != row.shape:
+            what = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+            raise _ProcessorError(f"a logits processor must return logits of shape {list(row.shape)}, not {what}")
+        row = changed
+    return row
 
 
 def penalise(logits: Float[Tensor, "rows vocab"], requests: Sequence[Request]) -> Float[Tensor, "rows vocab"]:

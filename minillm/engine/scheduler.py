@@ -1,6 +1,6 @@
 """Which tokens of which requests are computed in the next step.
 
-Continuous batching (Yu et al. 2022, "Orca", §3.1): a request joins and leaves the batch at any step. Chunked prefill
+Continuous batching (Yu et al. 2022, "Orca", §3): a request joins and leaves the batch at any step. Chunked prefill
 (Agrawal et al. 2024, "Sarathi-Serve", §4): a long prompt is computed in pieces that share their steps with other
 requests' next tokens, so that these do not wait.
 """
@@ -194,6 +194,11 @@ class Scheduler:
         copies = request.table.append(count - num_stored)
         step.scheduled.append(Scheduled(request, request.num_computed_tokens, count, num_stored, copies))
         step.budget -= count
+
+    def take_back(self) -> None:
+        """A step was interrupted: what tables say may never have been written. All that ran waits and begins again."""
+        for request in reversed(list(self.running)):
+            self._preempt(request, Schedule(0))
 
     def computed(self, step: Schedule) -> None:
         """The step has been computed: its tokens are stored, and full blocks can be found by others."""

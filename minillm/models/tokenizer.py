@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minillm.errors import ConfigError, TokenizerError
+from minillm.errors import ConfigError, InvalidRequestError, TokenizerError
 from minillm.models.gguf import metadata
 from minillm.models.source import resolve
 from minillm.text import read_json
@@ -48,25 +48,41 @@ def get_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def chat_token_ids(
+def chat_prompt(
     tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Mapping[str, Any]], **options: Any
-) -> list[int]:
-    """A conversation as the model's chat template writes it down.
+) -> tuple[str, list[int]]:
+    """A conversation as the model's chat template writes it down: text, and its tokens.
 
     Args:
         options: passed to transformers' `apply_chat_template`.
 
     Raises:
+        InvalidRequestError: a message that is none.
         TokenizerError: no chat template, or one that refuses the conversation.
     """
     if not tokenizer.chat_template and options.get("chat_template") is None:
         raise TokenizerError("this model has no chat template: it continues text; use `generate`, or give a template")
-    messages = [dict(message) for message in conversation]
+    messages = [_message(message) for message in conversation]
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template may raise what it likes
         raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
-    return cast(list[int], found)
+    return cast(str, text), tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message, its content a text: parts that are texts are joined by line breaks, as in vLLM."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidRequestError(f"a message is a dict with 'role' and 'content', not {message!r}")
+    content = message.get("content")
+    if isinstance(content, list):
+        others = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
+        if others:
+            raise InvalidRequestError(f"only {{'type': 'text', 'text': …}} is possible in a message, not {others[0]!r}")
+        content = "\n".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        raise InvalidRequestError(f"a message's content is a text, not {content!r}")
+    return {**message, "content": content}
 
 
 def stop_token_ids(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

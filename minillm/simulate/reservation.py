@@ -2,7 +2,7 @@
 
 In a contiguous memory a request is given one stretch when it begins and keeps it until it has ended. In a paged one it
 takes a block at a time. Everything else is the same: the engine, first come first served, requests that join and leave
-at any step (Yu et al. 2022, "Orca", §3.1), the clock and what a step costs.
+at any step (Yu et al. 2022, "Orca", §3), the clock and what a step costs.
 """
 
 from __future__ import annotations

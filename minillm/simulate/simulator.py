@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,10 +122,14 @@ def serve(arrivals: Sequence[Arrival], scheduler: Scheduler, cost: CostModel) ->
     """Serve a trace of requests with this scheduler, on a virtual clock; request number i is called str(i).
 
     Raises:
-        InvalidRequestError: a request that the engine refuses, or whose answer it would cut short.
+        InvalidRequestError: no request, one that the engine refuses, or whose answer it would cut short.
     """
+    if not arrivals:
+        raise InvalidRequestError("there are no arrivals: give at least one")
     longest = scheduler.config.max_model_len
     for arrival in arrivals:
+        if not math.isfinite(arrival.time):
+            raise InvalidRequestError(f"a request comes at {arrival.time}: give a finite time")
         if arrival.prompt_tokens + arrival.output_tokens > longest:
             raise InvalidRequestError(
                 f"a request has {arrival.prompt_tokens} prompt tokens and {arrival.output_tokens} output tokens, "
@@ -143,7 +148,9 @@ def serve(arrivals: Sequence[Arrival], scheduler: Scheduler, cost: CostModel) ->
         for output in engine.step():
             assert output.metrics is not None, "the engine gives metrics"
             metrics[int(output.request_id)] = output.metrics
-    return Simulation(arrivals, [metrics[number] for number in range(len(arrivals))], trace, clock.now)
+    return Simulation(
+        arrivals, [metrics[number] for number in range(len(arrivals))], trace, clock.now - arrivals[0].time
+    )
 
 
 def _add(engine: Engine, number: int, arrival: Arrival) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,8 @@ def load_trace(path: str | Path = AZURE_EXCERPT, *, limit: int | None = None) ->
     except (KeyError, ValueError) as error:
         wanted = ", ".join(ours for ours, _ in COLUMNS.values())
         raise InvalidRequestError(f"{path} is not a CSV file with the columns {wanted}: {error}") from error
+    if not all(math.isfinite(row.time) for row in found):
+        raise InvalidRequestError(f"{path} has a time that is no finite number")
     if not found or min(min(row.prompt_tokens, row.output_tokens) for row in found) < 1:
         raise InvalidRequestError(f"{path} has no requests, or one without tokens")
     found.sort(key=lambda row: row.time)

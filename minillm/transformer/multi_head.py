@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minillm.transformer.attention import attend
 from minillm.transformer.kv import KVStore
 from minillm.transformer.norms import RMSNorm
-from minillm.transformer.positions import Rotation, apply_rotary
+from minillm.transformer.positions import Rotation, rotate
 
 
 class MultiHeadAttention(nn.Module):
@@ -58,7 +58,7 @@ class MultiHeadAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
+            q, k = rotate(q, k, rotation)
         return self.out(kv.attend(self.layer, q, k, v).flatten(-2))
 
 

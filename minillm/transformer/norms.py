@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from minillm.transformer.twins import twin
 
 
 class LayerNorm(nn.LayerNorm):
@@ -37,24 +35,8 @@ class RMSNorm(nn.Module):
             # In float32: 1 + w would lose w's last bits in bf16.
             weight = self.weight.float() + self.weight_offset
             return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
-        kernel = None if torch.is_grad_enabled() else _cpu_kernel()
+        kernel = twin("rms_norm", x)
         if kernel is not None and kernel.supports(x, self.weight):
             out: Tensor = kernel.rms_norm(x, self.weight, self.eps)
             return out
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-@cache
-def _cpu_kernel() -> ModuleType | None:
-    """The Numba twin of `torch.nn.functional.rms_norm`, where it can be imported."""
-    try:
-        from minillm.kernels.cpu import rms_norm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: Numba finds no folder for its compiled code
-        warnings.warn(
-            f"minillm.kernels cannot be imported ({error}): PyTorch's own operations do the work, more slowly; "
-            "`minillm env` says how to mend it",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return rms_norm

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minillm.transformer.twins import twin
+
 
 def sinusoidal_positions(positions: Int[Tensor, "*tokens"], dim: int) -> Float[Tensor, "*tokens dim"]:
     """sin(p / 10000^(2i/dim)) in the even channels 2i, the cosine in the odd ones (Vaswani et al. 2017, §3.5)."""
@@ -178,3 +180,14 @@ def apply_rotary(
         a, b = rotated.chunk(2, dim=-1)
         turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return torch.cat([turned, passed], dim=-1) if passed.shape[-1] else turned
+
+
+def rotate(
+    q: Float[Tensor, "*tokens heads head_dim"], k: Float[Tensor, "*tokens kv_heads head_dim"], rotation: Rotation
+) -> tuple[Float[Tensor, "*tokens heads head_dim"], Float[Tensor, "*tokens kv_heads head_dim"]]:
+    """`apply_rotary` to queries and keys, by a kernel where there is one."""
+    kernel = twin("rotary", q)
+    if kernel is not None and kernel.supports(q, k):
+        out: tuple[Tensor, Tensor] = kernel.rotate(q, k, rotation.cos, rotation.sin, interleaved=rotation.interleaved)
+        return out
+    return apply_rotary(q, rotation), apply_rotary(k, rotation)

@@ -133,7 +133,9 @@ def explore_blocks(llm: LLM) -> widgets.VBox:
     numbers: dict[str, int] = {}
     names = (f"{letter}{round_ or ''}" for round_ in count() for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     prompts = widgets.Dropdown(options=list(EXPLORED), layout={"width": "320px"})
-    add, step, abort = (widgets.Button(description=does) for does in ("add", "step", "abort the oldest"))
+    add, step, abort = (
+        widgets.Button(description=does, layout={"width": "auto"}) for does in ("add", "step", "abort the oldest")
+    )
     said = widgets.HTML()
     image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
@@ -243,7 +245,7 @@ def _request_views(llm: LLM, numbers: dict[str, int]) -> list[_View]:
 
 
 def _colour(name: str, numbers: dict[str, int]) -> str:
-    return COLOURS[numbers.setdefault(name, len(numbers)) % len(COLOURS)]
+    return COLOURS[numbers.setdefault(name, len(numbers)) % 6]  # grey, the seventh, means nobody's
 
 
 def _check_size(pool: BlockPool) -> None:
@@ -368,7 +370,15 @@ def _write(axes: Axes, x: float, y: float, share: _Share) -> None:
         for slot, text in enumerate(share.tokens):
             word = text.removeprefix("␣")
             short = word if len(word) <= MOST_LETTERS else word[: MOST_LETTERS - 1] + "…"
-            axes.text(x + 0.92 * (slot + 0.5) / size, middle, short, fontsize=6, ha="center", va="center", zorder=4)
+            axes.text(
+                x + 0.92 * (slot + 0.5) / size,
+                middle,
+                short,
+                fontsize=6 if len(short) < MOST_LETTERS else 5,
+                ha="center",
+                va="center",
+                zorder=4,
+            )
 
 
 def _summary(pool: BlockPool) -> str:

@@ -378,7 +378,7 @@ def _draw_queues(axes: Axes, trace: Trace, number: int, config: SchedulerConfig,
     free = config.max_num_seqs - len(step.running)
     axes.set_yticks([0.4, 1.4], [f"running, oldest first\n(free seats: {free})", "waiting, next first"])
     axes.tick_params(left=False)
-    lost = f"; {', '.join(step.preempted)} just lost its blocks (xxx)" if step.preempted else ""
+    lost = f"; request {', '.join(step.preempted)} just lost its blocks (xxx)" if step.preempted else ""
     axes.set_title(f"{len(step.running)} running, {len(step.waiting)} waiting{lost}", loc="left", fontsize=10)
     axes.spines[:].set_visible(False)
 
@@ -410,7 +410,10 @@ def _draw_blocks(axes: Axes, trace: Trace, number: int, rows: Mapping[str, int])
         if names:
             _name(axes, x + 0.47, y + 0.45, names[0] + ("+" if shared else ""), 8)
     held = sum(count > 0 for count in step.ref_counts)
-    axes.set(xlim=(-0.05, min(shown, BLOCKS_PER_ROW)), ylim=(-(-shown // BLOCKS_PER_ROW), -0.1), xticks=[], yticks=[])
+    columns = min(shown, BLOCKS_PER_ROW)
+    axes.set(xlim=(-0.05, columns), ylim=(-(-shown // BLOCKS_PER_ROW), -0.1), yticks=[])
+    axes.set_xticks([block + 0.47 for block in range(columns)], [str(block) for block in range(columns)], fontsize=7)
+    axes.tick_params(length=0)
     axes.set_ylabel("blocks", rotation=0, ha="right", va="center")
     unused = "" if shown == len(step.ref_counts) else f"; {len(step.ref_counts) - shown:,} never used are not drawn"
     said = f"{held} of {len(step.ref_counts):,} blocks held (by whom), {step.num_cached_blocks} can be found by content"

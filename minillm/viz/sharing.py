@@ -26,6 +26,7 @@ from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, MARKERS, ORANGE,
 
 EMPTY = "#f2f2f2"
 NUMBERED_COLUMNS = 12
+FRAMED_COLUMNS = 60
 """Tables up to this long have their blocks' numbers written into them."""
 PANELS_BESIDE = 4
 """Tables up to this long stand beside each other; longer ones below."""
@@ -202,8 +203,10 @@ def _draw_tables(axes: Axes, tables: Mapping[str, TableState], block_size: int, 
             share = min(1.0, table.num_tokens / block_size - column)
             shared = holders[block] > 1
             place = (column + 0.04, row - 0.36)
-            axes.add_patch(Rectangle(place, 0.92, 0.72, facecolor=EMPTY, edgecolor=GREY, linewidth=0.8))
-            fill = Rectangle(place, 0.92 * share, 0.72, facecolor=ORANGE if shared else SKY, edgecolor="white")
+            width = 0.92 if columns <= FRAMED_COLUMNS else 1.0  # gaps would be narrower than a dot
+            frame = 0.8 if columns <= FRAMED_COLUMNS else 0.0
+            axes.add_patch(Rectangle(place, width, 0.72, facecolor=EMPTY, edgecolor=GREY, linewidth=frame))
+            fill = Rectangle(place, width * share, 0.72, facecolor=ORANGE if shared else SKY, edgecolor="white")
             fill.set(hatch="//" if shared else "", linewidth=0)
             axes.add_patch(fill)
             if columns <= NUMBERED_COLUMNS:
@@ -212,7 +215,7 @@ def _draw_tables(axes: Axes, tables: Mapping[str, TableState], block_size: int, 
                 axes.text(column + 0.5, row, text, ha="center", va="center", fontsize=9, bbox=box)
     axes.set_yticks(range(len(tables)), list(tables))
     axes.set(xlim=(0, columns), ylim=(len(tables) - 0.5, -0.5), xlabel=f"block of the sequence ({block_size} tokens)")
-    ticks = range(0, columns, -(-columns // NUMBERED_COLUMNS))
+    ticks = range(0, columns, 1 if columns <= NUMBERED_COLUMNS else -(-columns // NUMBERED_COLUMNS // 10) * 10)
     axes.set_xticks([column + 0.5 for column in ticks], [str(column) for column in ticks])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -369,11 +372,13 @@ def plot_sharing(prompt: int = 100, answer: int = 60, n: int = 4, block_size: in
     moments = [sharing_of_samples(prompt, written, n, block_size) for written in range(answer + 1)]
     _draw_saving(right, range(answer + 1), moments)
     right.set(xlabel="tokens of each answer", ylabel="blocks")
-    right.legend(frameon=False, loc="lower right")
     end = moments[-1]
     left.set_title("the tables", fontsize=11)
     right.set_title(f"{end.held} blocks instead of {end.needed}", fontsize=11)
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=2, frameon=False)
+    curves, labels = right.get_legend_handles_labels()
+    marks = _legend()
+    names = [*(str(mark.get_label()) for mark in marks), *labels]
+    figure.legend([*marks, *curves], names, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(title or f"{n} × ({prompt} + {answer}) tokens in blocks of {block_size}: {end.saved:.1%} saved")
     return figure
 

@@ -149,7 +149,8 @@ def _draw_strip(axes: Axes, found: Sequence[Piece], row_slots: int) -> None:
 
 
 def _looks(piece: Piece) -> dict[str, Any]:
-    colour = COLOURS[sum(map(ord, piece.name)) % 6]  # grey, the seventh, means nobody's
+    number = int(piece.name) if piece.name.isdecimal() else sum(map(ord, piece.name))
+    colour = COLOURS[number % 6]  # grey, the seventh, means nobody's
     return {
         "tokens": {"facecolor": colour, "edgecolor": "white", "linewidth": 0.5},
         "reserved": {"facecolor": to_rgba(colour, 0.25), "edgecolor": colour, "hatch": "////", "linewidth": 0},
@@ -260,14 +261,15 @@ def _draw_memory(policy: MemoryPolicy, simulation: MemorySimulation, step: int, 
     used = [100 * moment.use.tokens / simulation.num_slots for moment in so_far]
     panels["use"].step(times, used, where="post", color=BLUE)
     panels["queue"].set(ylabel="requests that wait", ylim=(0, max(moment.waiting for moment in simulation.memory) + 1))
-    panels["use"].set(ylabel="tokens (% of slots)", ylim=(0, 102))
+    panels["use"].set(ylabel="tokens (%)", ylim=(0, 102))
     for name in ("queue", "use"):
         panels[name].set(xlim=(0, simulation.seconds), xlabel="time (s)")
         panels[name].spines[["top", "right"]].set_visible(False)
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    lost = simulation.trace.steps[step].preempted
     figure.suptitle(
         f"“{policy}”, step {step:,} of {last:,}, at {now.end:.2f} s: {len(now.held)} run, {now.waiting} wait, "
-        f"{used[-1]:.0f} % of the slots hold a token"
+        f"{used[-1]:.0f} % of the slots hold a token" + (f"; {', '.join(lost)} just lost its blocks" if lost else "")
     )
     return figure
 
@@ -297,18 +299,27 @@ def explore_memory(
     widgets.link((play, "value"), (steps, "value"))
     image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
-    def redraw(_: Any = None) -> None:
+    shown = {"time": served(policy).memory[step].end}  # of the step that was chosen by hand
+
+    def redraw() -> None:
         image.value = png(_draw_memory(policies.value, served(policies.value), steps.value, max_model_len))
 
-    def change_policy(change: Any) -> None:
-        time, memory = served(change.old).memory[steps.value].end, served(change.new).memory
-        same_time = next((number for number, moment in enumerate(memory) if moment.end >= time), len(memory) - 1)
+    def change_step(_: Any) -> None:
+        shown["time"] = served(policies.value).memory[steps.value].end
+        redraw()
+
+    def change_policy(_: Any) -> None:
+        memory = served(policies.value).memory
+        same_time = next((n for n, moment in enumerate(memory) if moment.end >= shown["time"]), len(memory) - 1)
+        steps.unobserve(change_step, names="value")
         steps.value = min(steps.value, len(memory) - 1)
         steps.max = play.max = len(memory) - 1
+        play.step = max(1, len(memory) // 60)
         steps.value = same_time
+        steps.observe(change_step, names="value")
         redraw()
 
     policies.observe(change_policy, names="value")
-    steps.observe(redraw, names="value")
+    steps.observe(change_step, names="value")
     redraw()
     return widgets.VBox([policies, widgets.HBox([steps, play]), image])

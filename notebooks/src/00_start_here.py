@@ -14,7 +14,8 @@
 #
 # **How to run it.** `make lab` opens JupyterLab on this folder. Click into a cell and press <kbd>Shift</kbd>+
 # <kbd>Enter</kbd>: it runs, and the next one is chosen. Cells depend on those above them, so run them in order; if
-# something is strange, *Kernel → Restart Kernel and Run All Cells* starts afresh.
+# something is strange, *Kernel → Restart Kernel and Run All Cells* starts afresh. Sliders and buttons appear when their
+# cell has been run (or, as they were saved, after *File → Trust Notebook*).
 
 # %% [markdown]
 # ## The road

@@ -161,6 +161,9 @@ from minillm.transformer.feed_forward import GatedFeedForward
 show_source(GatedFeedForward)
 
 # %% [markdown]
+# (`twin` asks whether there is a compiled kernel for this operation on this device. On a CPU there is none, and the
+# last two lines do the work. A kernel would compute the same.)
+#
 # Two of the numbers deserve a look. The gated network has three matrices where the plain one had two, so Shazeer makes
 # its inner size 2/3 as large: 512 instead of 768, and the count stays nearly the same. And grouped heads save few
 # parameters; what they really save is the memory of keys and values, the subject of the next notebook.

@@ -51,9 +51,9 @@ from minillm.viz.waste import pieces
 # 2. Each of them brings its own keys and values. So memory for keys and values decides how many *can* run together.
 #
 # Here is a card and a model to work with. It is the card of Kwon et al. 2023 ("Efficient Memory Management for Large
-# Language Model Serving with PagedAttention", the paper that this stage of the course follows), an A100 with 40 GB. As
-# in vLLM by default, 90 % of it may be used; the rest is for intermediate results. The weights are there first, and
-# what they leave is divided into **slots**, each with room for one token's keys and values in all layers.
+# Language Model Serving with PagedAttention", the paper that this stage of the course follows), an A100 with 40 GB. We
+# let 90 % of it be used; the rest is for intermediate results. The weights are there first, and what they leave is
+# divided into **slots**, each with room for one token's keys and values in all layers.
 
 # %%
 model = published_model("Llama-2-7B")
@@ -221,7 +221,7 @@ print(f"a step {1e3 * cost.step:.1f} ms, a token {1e6 * cost.token:.0f} µs, a s
 
 # %% [markdown]
 # The scheduler is the engine's (a later notebook is about it). Requests join and leave the batch at any step, which is
-# Orca's idea (Yu et al. 2022, §3.1, "iteration-level scheduling"). One thing is changed for the three contiguous
+# Orca's idea (Yu et al. 2022, §3, "iteration-level scheduling"). One thing is changed for the three contiguous
 # policies: a waiting request starts when its whole stretch is free. (`super()` is the engine's own scheduler, which
 # then has this one request to start.)
 
@@ -531,7 +531,7 @@ explore_memory("pow2", few, step=140)
 # 2. Four: 16,384 slots are four stretches of 4,096. They do not change while the queue grows.
 # 3. Its prompt's blocks often lie together, since they were taken in one step. The blocks of its answer were taken one
 #    by one, in turn with those of all others, and lie scattered.
-# 4. Only in `"paged"`, when no block is left.
+# 4. Only in `"paged"`, when no block is left. The title says so, at step 70 for the first time.
 #
 # </details>
 
@@ -540,9 +540,12 @@ here = {policy: simulate_memory(policy, few, num_slots=16_384, max_model_len=con
 assert any(step.use.external for step in here["exact"].memory)
 assert {len(step.held) for step in here["max"].memory if step.waiting} == {4}
 assert {policy for policy in here if any(m.num_preemptions for m in here[policy].metrics)} == {"paged"}
+losing = [number for number, step in enumerate(here["paged"].trace.steps) if step.preempted]
+assert losing[0] == 70
 scattered = max(here["paged"].memory[140].held, key=lambda held: len(held.blocks)).blocks
 print(
-    f"the largest request at step 140 holds {len(scattered)} blocks, from number {min(scattered)} to {max(scattered)}"
+    f"paged, step 140: the largest request holds {len(scattered)} blocks, "
+    f"from number {min(scattered)} to {max(scattered)}"
 )
 
 # %% [markdown]

@@ -99,7 +99,7 @@ print(f"{idle:,} idle row-steps, {sum(outputs):,} useful ones, {num_steps(static
 #
 # ## 3 · A new decision at every step
 #
-# Their answer is **iteration-level scheduling** (§3.1): decide who sits in the batch again before *every* step. Who has
+# Their answer is **iteration-level scheduling** (§3): decide who sits in the batch again before *every* step. Who has
 # ended leaves at once; who waits takes the seat for the next step. Others call it **continuous batching**.
 
 # %%
@@ -277,8 +277,8 @@ plt.show()
 assert counts == {"a": 1, "b": 1, "c": 14}
 
 # %% [markdown]
-# `ModelRunner._fill_inputs` describes this row to the key/value store. Its tensors still hold what they were filled with for
-# this step:
+# `ModelRunner._fill_inputs` describes this row to the key/value store. Its tensors still hold what they were filled
+# with for this step:
 
 # %%
 runner = small.engine.runner

@@ -806,7 +806,8 @@ print(f"{hashes} blocks hashed in {1000 * seconds:.1f} ms, {1e6 * seconds / hash
 #
 # ## 6 · All three side by side
 #
-# Measured here, at the paper's mean lengths or ones like them, beside Kwon et al. 2023:
+# Here, beside Kwon et al. 2023. Samples are counted at the answers' ends, over lengths spread around the paper's means
+# (section 2 has them over all steps too, where more is saved); beams over all steps, at the mean lengths:
 
 # %%
 print(f"{'blocks saved (n = 2, 4, 6)':34s} {'here':>22s}   Kwon et al. 2023")

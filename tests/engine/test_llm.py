@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import re
 import warnings
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -156,6 +159,7 @@ def test_beams_are_transformers(llm, reference, beams, length_penalty):
         stop = next((at for at, token in enumerate(written) if token in (0, 2, 13)), len(written))
         assert ours.tokens == ids + written[:stop]
         assert ours.score == pytest.approx(score, abs=1e-4)
+        assert ours.text == llm.get_tokenizer().decode(ours.tokens, skip_special_tokens=True)
 
 
 def test_stops(llm):
@@ -242,6 +246,67 @@ def test_where_no_token_can_be_chosen_the_request_ends_and_others_go_on(llm, for
     assert llm._pool.num_free == llm._pool.num_blocks
 
 
+def raises(written, logits):
+    raise KeyError("mine")
+
+
+@pytest.mark.parametrize(
+    ("processor", "told"),
+    [
+        (raises, "KeyError"),
+        (lambda written, logits: None, "not NoneType"),
+        (lambda written, logits: logits[:5], r"not \[5\]"),
+    ],
+)
+def test_a_processor_that_fails_ends_its_own_request_only(llm, processor, told):
+    alone = generate(llm, PROMPTS[1], GREEDY)[0].outputs[0].text
+    stream = llm.generate_stream(PROMPTS[1], GREEDY)
+    next(stream)
+    (bad,) = generate(llm, PROMPTS[0], SamplingParams(logits_processors=[processor]))
+    assert bad.outputs[0].finish_reason == "error"
+    assert re.search(told, bad.outputs[0].stop_reason)
+    assert list(stream)[-1].outputs[0].text == alone
+
+
+@pytest.mark.parametrize("where", ["runner.compute", "sampler.sample", "scheduler.computed"])
+def test_an_interrupted_step_loses_nothing(llm, where, monkeypatch):
+    """Ctrl-C in the middle of somebody else's step, with answers open that share blocks and must copy some."""
+    params = SamplingParams(n=3, temperature=0.8, seed=4, max_tokens=20)
+    expected = [answer.text for answer in generate(llm, PROMPTS[0], params)[0].outputs]
+    part, method = where.split(".")
+    owner = getattr(llm.engine, part)
+    for steps in (1, 2, 6):
+        stream = llm.generate_stream(PROMPTS[0], params)
+        for _ in range(steps):
+            next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                generate(llm, PROMPTS[1], GREEDY)
+        assert [answer.text for answer in list(stream)[-1].outputs] == expected
+        assert llm._pool.num_free == llm._pool.num_blocks
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_stream_whose_request_is_gone_says_so(llm):
+    stream = llm.generate_stream(PROMPTS[0], GREEDY)
+    next(stream)
+    (name,) = llm.engine.unfinished
+    llm.engine.abort(name)
+    with pytest.raises(InvalidRequestError, match="aborted"):
+        next(stream)
+
+
+def test_generate_gives_everything_whatever_the_kind_of_output(llm):
+    whole = generate(llm, PROMPTS[0], GREEDY)[0].outputs[0]
+    for kind in RequestOutputKind:
+        params = SamplingParams(temperature=0, max_tokens=GREEDY.max_tokens, output_kind=kind)
+        assert generate(llm, PROMPTS[0], params)[0].outputs[0] == whole
+
+
 def test_end_tokens_and_min_tokens(llm):
     chat = [{"role": "user", "content": "What is gravity?"}]
     (output,) = llm.chat(chat, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)
@@ -324,6 +389,13 @@ def test_chat(llm):
     begun = [*conversations[0], {"role": "assistant", "content": "Once upon"}]
     (output,) = llm.chat(begun, GREEDY, use_tqdm=False, add_generation_prompt=False, continue_final_message=True)
     assert llm.get_tokenizer().decode(output.prompt_token_ids).endswith("Once upon")
+    assert output.prompt.endswith("Once upon")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Tell me a story about Mia."}]}]
+    assert llm.chat(parts, GREEDY, False)[0].outputs[0].text == outputs[0].outputs[0].text
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    for wrong in ("hello", None, [], [{"content": "x"}], image, [{"role": "user", "content": 5}]):
+        with pytest.raises(InvalidRequestError, match=r"message|image_url"):
+            llm.chat(wrong, GREEDY, use_tqdm=False)
     template = "{% for m in messages %}{{ m['content'] }}{{ suffix }}{% endfor %}"
     (output,) = llm.chat(
         conversations[0], GREEDY, use_tqdm=False, chat_template=template, chat_template_kwargs={"suffix": "!"}
@@ -349,14 +421,21 @@ def test_metrics_and_defaults(llm):
         ([1, 99_999], {}, "token ids must be in"),
         ([-1], {}, "token ids must be in"),
         ({"text": "x"}, {}, "prompt_token_ids"),
-        ("x", {"stop_token_ids": [99_999]}, "stop_token_ids"),
+        (b"abc", {}, "not bytes"),
+        ({"prompt_token_ids": "ab"}, {}, "not str"),
+        (5, {}, "not int"),
+        ([None], {}, "not NoneType"),
         ("x", {"logit_bias": {-5: 1.0}}, "logit_bias"),
     ],
 )
 def test_prompts_that_cannot_be_are_refused_and_the_engine_goes_on(llm, prompt, options, told):
     good = generate(llm, PROMPTS[0], GREEDY)[0].outputs[0].text
     with pytest.raises(InvalidRequestError, match=told):
-        generate(llm, [PROMPTS[0], prompt] if prompt else prompt, SamplingParams(max_tokens=5, **options))
+        generate(
+            llm,
+            [PROMPTS[0], prompt] if prompt and prompt not in (5, [None]) else prompt,
+            SamplingParams(max_tokens=5, **options),
+        )
     assert generate(llm, PROMPTS[0], GREEDY)[0].outputs[0].text == good
 
 
@@ -379,12 +458,29 @@ def test_prompts_that_cannot_be_are_refused_and_the_engine_goes_on(llm, prompt, 
         ("logprobs", -2, "logprobs"),
         ("allowed_token_ids", [], "allowed_token_ids"),
         ("spaces_between_special_tokens", False, "spaces_between"),
+        ("stop", 5, "stop must be a list of texts"),
+        ("stop_token_ids", 5, "stop_token_ids must be a list of token ids"),
+        ("stop_token_ids", [1.5], "stop_token_ids"),
+        ("allowed_token_ids", ["a"], "allowed_token_ids"),
+        ("logit_bias", {"5": 1.0}, "logit_bias"),
+        ("logit_bias", {5: math.nan}, "logit_bias"),
+        ("logit_bias", [5], "logit_bias"),
+        ("logits_processors", [5], "logits_processors"),
+        ("logits_processors", len, "logits_processors"),
+        ("ignore_eos", "false", "ignore_eos must be True or False"),
+        ("output_kind", "delta", "output_kind must be a RequestOutputKind"),
         ("min_tokens", 17, "min_tokens"),
     ],
 )
 def test_parameters_out_of_range_name_the_field_and_the_range(name, value, told):
     with pytest.raises(InvalidRequestError, match=told):
         SamplingParams(**{name: value})
+
+
+def test_stop_tokens_that_the_model_does_not_have_are_told_of(llm):
+    with pytest.warns(UserWarning, match="99999"):
+        (output,) = generate(llm, PROMPTS[0], SamplingParams(temperature=0, max_tokens=4, stop_token_ids=[99_999]))
+    assert len(output.outputs[0].token_ids) == 4
 
 
 def test_a_parameter_changed_afterwards_is_looked_at_again(llm):
@@ -398,9 +494,16 @@ def test_a_parameter_changed_afterwards_is_looked_at_again(llm):
     ("options", "kind", "told"),
     [
         ({"tensor_parallel_size": 2}, ConfigError, "tensor_parallel_size"),
+        ({"block_size": 0}, ConfigError, "block_size must be a whole number"),
+        ({"max_num_seqs": 2.5}, ConfigError, "max_num_seqs"),
+        ({"kv_cache_memory_bytes": "1GiB"}, ConfigError, "kv_cache_memory_bytes"),
+        ({"max_model_len": "auto"}, ConfigError, "max_model_len"),
+        ({"seed": None}, ConfigError, "seed"),
+        ({"attention_backend": "flash"}, ConfigError, "attention_backend"),
+        ({"attention_backend": "triton"}, ConfigError, "cuda"),
         ({"quantization": "awq"}, ConfigError, "quantization"),
         ({"nonsense": 1}, ConfigError, "nonsense"),
-        ({"num_gpu_blocks_override": 0}, ConfigError, "at least one block"),
+        ({"num_gpu_blocks_override": 0}, ConfigError, "num_gpu_blocks_override"),
         ({"kv_cache_memory_bytes": 10}, OutOfMemoryError, "kv_cache_memory_bytes"),
         ({"kv_cache_memory_bytes": 100_000}, OutOfMemoryError, "max_model_len"),
         ({"max_num_seqs": 0}, ConfigError, "max_num_seqs"),
@@ -448,8 +551,11 @@ def test_vllms_words_that_need_nothing_here_are_taken():
 
 def test_a_closed_llm_says_so_and_a_second_one_works():
     first = LLM("tiny", dtype="float32", device="cpu", max_model_len=64)
+    kept = [weakref.ref(thing) for thing in (first._runner.decoder, first._runner.kv.store)]
     first.close()
     first.close()
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
     with pytest.raises(MinillmError, match="closed"):
         first.generate("Once", GREEDY)
     with LLM("tiny", dtype="float32", device="cpu", max_model_len=64) as second:

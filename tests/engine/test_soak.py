@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from minillm import LLM, SamplingParams
+from minillm import LLM, SamplingParams, get_tokenizer
 from tests.engine.test_families import PROMPTS
 from tests.models.families import FAMILIES
 
@@ -15,8 +15,10 @@ REQUESTS = 2000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A random model of 160 tokens, with the tokenizer of `tiny` (its first 160 tokens are bytes and short pieces)."""
     folder = tmp_path_factory.mktemp("model")
     FAMILIES["llama"](folder)
+    get_tokenizer("tiny").save_pretrained(folder)
     return folder
 
 
@@ -24,12 +26,14 @@ def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
     prompt = list(rng.choice(PROMPTS))
     if rng.random() < 0.5:
         prompt += [rng.randrange(160) for _ in range(rng.randrange(1, 20))]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789 .,"
     params = SamplingParams(
         n=rng.choice((1, 1, 1, 2, 3)),
         temperature=rng.choice((0.0, 0.0, 1.0)),
         seed=rng.randrange(1000),
         max_tokens=rng.randrange(1, 16),
         stop_token_ids=[rng.randrange(160) for _ in range(rng.choice((0, 0, 5)))],
+        stop=[rng.choice(letters) for _ in range(rng.choice((0, 0, 2)))],
         top_k=rng.choice((0, 5)),
         ignore_eos=True,
     )
@@ -39,9 +43,7 @@ def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
 def test_soak(folder, report):
     rng = random.Random(0)
     sizes = {"dtype": "float32", "device": "cpu", "max_model_len": 100, "block_size": 4}
-    with LLM(
-        folder, skip_tokenizer_init=True, **sizes, num_gpu_blocks_override=60, max_num_seqs=8, max_num_batched_tokens=32
-    ) as llm:
+    with LLM(folder, **sizes, num_gpu_blocks_override=60, max_num_seqs=8, max_num_batched_tokens=32) as llm:
         engine, pool = llm.engine, llm.engine.scheduler.pool
         asked, done, aborted = {}, {}, set()
         while len(asked) < REQUESTS or engine.has_unfinished_requests:
@@ -68,11 +70,14 @@ def test_soak(folder, report):
     assert aborted
 
     alone = 0
-    with LLM(folder, skip_tokenizer_init=True, **sizes, max_num_seqs=4) as llm:
-        for name in sorted(done, key=int)[::10]:
+    by_text = 0
+    with LLM(folder, **sizes, max_num_seqs=4) as llm:
+        for name, output in done.items():
             prompt, params = asked[name]
-            (output,) = llm.generate([prompt], params, use_tqdm=False)
-            ours = [answer.token_ids for answer in done[name].outputs]
-            assert ours == [answer.token_ids for answer in output.outputs], name
+            (expected,) = llm.generate([prompt], params, use_tqdm=False)
+            assert output.outputs == expected.outputs, name
             alone += 1
-    report("soak", f"{REQUESTS} requests, {len(aborted)} aborted, {preemptions} preemptions, {alone} compared alone")
+            by_text += any(isinstance(answer.stop_reason, str) for answer in output.outputs)
+    assert by_text > 20
+    told = f"{REQUESTS} requests, {len(aborted)} aborted, {preemptions} preemptions"
+    report("soak", f"{told}, {alone} compared alone, {by_text} ended by a stop text")

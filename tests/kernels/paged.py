@@ -1,4 +1,5 @@
-"""A ragged batch over scattered blocks, and attention over the same keys and values in float64 without any blocks."""
+"""What tests of kernels share: a ragged batch over scattered blocks, the same attention in float64 without any blocks;
+the check of rotary positions."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from minillm.transformer.positions import RotaryConfig, RotaryEmbedding, apply_rotary
 
 
 class Case(NamedTuple):
@@ -69,3 +72,21 @@ def float64_attention(case: Case, *, window: int | None = None, soft_cap: float 
                     scores = soft_cap * torch.tanh(scores / soft_cap)
                 out[token, head] = scores.softmax(0) @ case.values[row][kv_head, seen].double()
     return out
+
+
+def check_rotary(kernel, heads, kv_heads, head_dim, dim, interleaved, dtype, device) -> None:
+    """A kernel's `rotate` of queries and keys, as they come out of the packed projection, against `apply_rotary`."""
+    torch.manual_seed(0)
+    packed = torch.randn(5, heads + 2 * kv_heads, head_dim).to(dtype)
+    q, k = packed[:, :heads], packed[:, heads : heads + kv_heads]
+    rotation = RotaryEmbedding(RotaryConfig(dim, interleaved=interleaved))(torch.tensor([0, 7, 1, 90, 3]), dtype)
+    on_device = packed.to(device)
+    q_there, k_there = on_device[:, :heads], on_device[:, heads : heads + kv_heads]
+    assert kernel.supports(q_there, k_there)
+    ours = kernel.rotate(
+        q_there, k_there, rotation.cos.to(device), rotation.sin.to(device), interleaved=rotation.interleaved
+    )
+    for x, turned in zip((q, k), ours, strict=True):
+        expected = apply_rotary(x.double(), rotation._replace(cos=rotation.cos.double(), sin=rotation.sin.double()))
+        tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(turned.cpu().double(), expected, atol=tolerance, rtol=tolerance)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from minillm.cache import reference
 from minillm.kernels.gpu import paged_attention as kernel
+from minillm.kernels.gpu import rms_norm, rotary
+from minillm.kernels.gpu.silu_mul import silu_mul
 from minillm.kernels.gpu.write_kv import write_kv
-from tests.kernels.paged import Case, float64_attention, make_case
+from tests.kernels.paged import Case, check_rotary, float64_attention, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -91,3 +93,32 @@ def test_keys_and_values_go_to_their_slots(tokens, shape, block_size, seed):
     reference.write_kv(*expected, k[: len(slots)], v[: len(slots)], slots)
     write_kv(*caches, k[: len(slots)], v[: len(slots)], slots)
     assert torch.equal(caches, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "size"), [((1,), 64), ((3, 2), 576), ((5,), 1000)])
+def test_rms_norm(rows, size, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(*rows, 2 * size).to(dtype)[..., :size], torch.randn(size).to(dtype)
+    expected = torch.nn.functional.rms_norm(x.double(), (size,), weight.double(), 1e-5)
+    x, weight = x.to(DEVICE), weight.to(DEVICE)
+    assert rms_norm.supports(x, weight)
+    ours = rms_norm.rms_norm(x, weight, 1e-5).cpu()
+    torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 1000, 1500])
+def test_silu_mul(size, dtype):
+    torch.manual_seed(0)
+    gate_up = torch.randn(3, 2 * size).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    ours = silu_mul(gate_up.to(DEVICE)).cpu()
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dim"), [(9, 3, 64, 64), (4, 2, 32, 16), (2, 1, 80, 80)])
+def test_rotary(heads, kv_heads, head_dim, dim, interleaved):
+    check_rotary(rotary, heads, kv_heads, head_dim, dim, interleaved, torch.float32, DEVICE)

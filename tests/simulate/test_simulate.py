@@ -36,7 +36,10 @@ def test_the_shipped_trace_is_azures():
     )
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "arrival_time,prompt_tokens,output_tokens\n0,x,1\n", None])
+COLUMNS = "arrival_time,prompt_tokens,output_tokens"
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", f"{COLUMNS}\n0,x,1\n", f"{COLUMNS}\nnan,1,1\n", None])
 def test_what_is_no_trace_is_refused(tmp_path, text):
     file = tmp_path / "trace.csv"
     if text is not None:
@@ -49,11 +52,11 @@ def test_one_request_takes_what_the_cost_model_says():
     cost = CostModel(step=1.0, token=0.1, stored_token=0.01)
     found = simulate([Arrival(5.0, 10, 3)], num_blocks=10, block_size=4, cost=cost)
     # A step of 10 tokens, then two of 1, with 10, 11 and 12 stored.
-    assert found.seconds == pytest.approx(5 + 3 * 1.0 + 12 * 0.1 + 33 * 0.01)
+    assert found.seconds == pytest.approx(3 * 1.0 + 12 * 0.1 + 33 * 0.01)
     (metrics,) = found.metrics
     assert metrics.arrival_time == 5.0
     assert metrics.first_token_time == pytest.approx(5 + 1 + 1.0 + 0.1)
-    assert metrics.finished_time == pytest.approx(found.seconds)
+    assert metrics.finished_time == pytest.approx(5 + found.seconds)
     assert [step.parts[0].count for step in found.trace.steps] == [10, 1, 1]
 
 
@@ -114,6 +117,9 @@ def test_what_makes_no_sense_is_refused():
         ContiguousAllocator(10, "max", 11)
     with pytest.raises(ConfigError, match="time must pass"):
         CostModel(step=0, token=0)
+    for arrivals in ([], [Arrival(float("nan"), 3, 1)]):
+        with pytest.raises(InvalidRequestError, match=r"at least one|finite"):
+            simulate(arrivals, num_blocks=2)
     with pytest.raises(InvalidRequestError, match="blocks"):
         simulate([Arrival(0.0, 100, 10)], num_blocks=2)
     with pytest.raises(InvalidRequestError, match="max_model_len=8"):  # rather than an answer cut short
