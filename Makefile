@@ -7,7 +7,7 @@ export TORCH_INDEX
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lab notebooks lint types clean
+.PHONY: demo test lab notebooks lint types bench-kernels bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -29,6 +29,13 @@ lint: .venv/test
 
 types: .venv/test
 	$(BIN)/mypy
+
+bench-kernels: .venv/notebooks
+	$(BIN)/minillm bench cpu-attention
+
+bench-gpu: .venv/notebooks
+	$(BIN)/minillm bench gpu-attention
+	$(BIN)/minillm bench gpu-engine
 
 clean:
 	rm -rf .venv build *.egg-info

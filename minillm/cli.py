@@ -1,4 +1,4 @@
-"""The command line: minillm generate | chat | pull | env."""
+"""The command line: minillm generate | chat | pull | env | bench."""
 
 from __future__ import annotations
 
@@ -168,6 +168,38 @@ def env(debug: Debug = False) -> None:
     out.print(table)
     for problem, mend in mends():
         out.print(f"[yellow]missing[/yellow] {escape(problem)}\n  [green]mend[/green]  {escape(mend)}", soft_wrap=True)
+
+
+bench = typer.Typer(help="Measure how fast it is; each prints a table last.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("cpu-attention")
+def bench_cpu_attention(debug: Debug = False) -> None:
+    """Paged attention on this CPU, against PyTorch's own and against reading memory."""
+    from minillm.bench.cpu_attention import main
+
+    main()
+
+
+@bench.command("gpu-attention")
+def bench_gpu_attention(
+    csv: Annotated[Path | None, typer.Option(help="Also write the numbers here.")] = None, debug: Debug = False
+) -> None:
+    """Paged attention on this GPU, as a share of what a copy moves."""
+    from minillm.bench.gpu_attention import main
+
+    main(csv)
+
+
+@bench.command("gpu-engine")
+def bench_gpu_engine(
+    peers: Annotated[bool, typer.Option(help="Measure transformers too.")] = True, debug: Debug = False
+) -> None:
+    """The engine on this GPU, beside transformers."""
+    from minillm.bench.gpu_engine import main
+
+    main(peers)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -116,8 +117,8 @@ def sizes() -> Iterator[tuple[Heads, int, int]]:
                     yield shape, batch, context
 
 
-def main() -> None:
-    """Measure, and print a table last.
+def main(csv: Path | None = None) -> None:
+    """Measure, and print a table last; write the numbers to `csv` too.
 
     Raises:
         ConfigError: there is no GPU.
@@ -127,10 +128,11 @@ def main() -> None:
     torch.manual_seed(0)
     copy = copy_bandwidth()
     rows = [measure(*size) for size in sizes()]
+    if csv is not None:
+        _write(csv, rows, copy)
     title = f"{torch.cuda.get_device_name()}: a copy moves {copy / 1e12:.2f} TB/s; bfloat16, blocks of {BLOCK_SIZE}"
-    table = Table(
-        "heads", "batch", "context", "KV", "ours, µs", "TB/s", "of a copy", "SDPA, gathered", "flashinfer", title=title
-    )
+    columns = ("heads", "batch", "context", "KV", "ours, µs", "TB/s", "of a copy", "SDPA, gathered", "FlashInfer")
+    table = Table(*columns, title=title)
     for row in rows:
         table.add_row(
             f"{row.shape.heads}/{row.shape.kv_heads}×{row.shape.head_dim}",
@@ -144,3 +146,18 @@ def main() -> None:
             "" if row.flashinfer is None else f"{row.flashinfer / copy:.0%}",
         )
     Console(width=120).print(table)
+
+
+COLUMNS = (
+    "heads,kv_heads,head_dim,batch,context,kv_bytes,microseconds,bytes_per_second,copy_bytes_per_second,"
+    "sdpa_bytes_per_second"
+)
+
+
+def _write(path: Path, rows: list[Row], copy: float) -> None:
+    lines = [f"# {torch.cuda.get_device_name()}, torch {torch.__version__}", COLUMNS]
+    for row in rows:
+        sizes = (*row.shape, row.batch, row.context, row.kv_bytes)
+        speeds = (round(row.kv_bytes / row.ours * 1e6, 2), round(row.ours), round(copy), round(row.sdpa or 0))
+        lines.append(",".join(map(str, (*sizes, *speeds))))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

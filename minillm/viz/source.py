@@ -15,7 +15,7 @@ import minillm
 
 def show_source(thing: Callable[..., Any]) -> Markdown:
     """The real source of a function or class of the package, with its file and line."""
-    inner = inspect.unwrap(thing)
+    inner = inspect.unwrap(getattr(thing, "fn", thing))  # Triton keeps the function there, and Numba as functools do
     lines, first = inspect.getsourcelines(inner)
     file = Path(inspect.getsourcefile(inner) or "").relative_to(Path(minillm.__file__).parent)
     code = textwrap.dedent("".join(lines))
