@@ -40,7 +40,6 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
-WARM_UP_TOKENS = 8
 GENERATION_CONFIG = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 """What generation_config.json may say of sampling."""
 
@@ -155,9 +154,7 @@ class LLM:
         end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
         self._pool, self._end_ids, self._sizes = pool, end_ids, sizes
         self._runner: ModelRunner | None = ModelRunner(decoder, pool.num_blocks, block_size, sizes, backend)
-        self._runner.warm_up(
-            min(WARM_UP_TOKENS, self.max_model_len, max_num_batched_tokens, pool.num_blocks * block_size)
-        )
+        self._runner.prepare()
         if graphs:
             self._runner.record_graphs(ladder(max_num_seqs))
         self.trace = Trace() if trace else None

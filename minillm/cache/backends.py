@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from minillm.cache import reference
 from minillm.errors import ConfigError
+from minillm.transformer.twins import warn_once
 
 
 class AttentionBackend(NamedTuple):
@@ -38,12 +38,7 @@ def attention_backend(name: str, device: torch.device) -> AttentionBackend:
         try:
             return _load(twin)
         except (ImportError, RuntimeError) as error:
-            warnings.warn(
-                f"paged attention runs on PyTorch's own operations, more slowly: {twin} cannot be used ({error}); "
-                "`minillm env` says how to mend it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_once(device.type, error)
             return REFERENCE
     if name != "reference" and name not in TWINS:
         raise ConfigError(f"attention_backend {name!r} is not one of auto, reference, {', '.join(TWINS)}")

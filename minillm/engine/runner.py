@@ -6,6 +6,8 @@ can be, and filled anew each time.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ from minillm.transformer.sampling import draw, transform
 
 DEFAULT_CPU_KV_BYTES = 2**30
 """Memory for keys and values on a CPU, where nothing else is said."""
+WARM_UP_TOKENS = 8
+NOTE_AFTER_SECONDS = 1.5
 
 
 class Chunk(NamedTuple):
@@ -182,6 +186,17 @@ class ModelRunner:
             [copy for chunk in chunks for copy in chunk.copies],
         )
 
+    def prepare(self) -> None:
+        """Compile what must be compiled before the first request, with a note at a terminal where it takes long."""
+        block_tokens = self.kv.num_blocks * self.kv.block_size
+        tokens = min(WARM_UP_TOKENS, self.sizes.max_model_len, self.sizes.max_num_batched_tokens, block_tokens)
+        note = threading.Timer(NOTE_AFTER_SECONDS, _note_compiling)
+        note.start()
+        try:
+            self.warm_up(tokens)
+        finally:
+            note.cancel()
+
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
         """Compute and sample a step of so many tokens that nobody asked for, of as many sequences as can be.
@@ -206,6 +221,11 @@ class ModelRunner:
         del self._query_starts, self._seq_lens, self._block_tables
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _note_compiling() -> None:
+    if sys.stderr.isatty():
+        print("compiling kernels for this machine; they are kept on disk", file=sys.stderr)
 
 
 def _fill(buffer: Tensor, values: Sequence[int]) -> Tensor:

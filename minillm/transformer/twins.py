@@ -13,6 +13,7 @@ from torch import Tensor
 PACKAGES = {"cpu": "minillm.kernels.cpu", "cuda": "minillm.kernels.gpu"}
 OPERATIONS = {"cpu": ("rms_norm", "rotary"), "cuda": ("rms_norm", "rotary", "silu_mul")}
 """Those for which a measurement showed that PyTorch's own takes longer."""
+_warned: set[str] = set()
 
 
 def twin(operation: str, x: Tensor) -> ModuleType | None:
@@ -27,15 +28,17 @@ def _load(operation: str, device: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"{PACKAGES[device]}.{operation}")
     except (ImportError, RuntimeError) as error:  # RuntimeError: Numba finds no folder for its compiled code
-        _warn(device, str(error))
+        warn_once(device, error)
         return None
 
 
-@cache
-def _warn(device: str, error: str) -> None:
-    """Once for all operations."""
+def warn_once(device: str, error: Exception) -> None:
+    """Say that this device's kernels cannot be used; once, whichever of them was missed first."""
+    if device in _warned:
+        return
+    _warned.add(device)
     warnings.warn(
-        f"minillm.kernels cannot be imported ({error}): PyTorch's own operations do the work, more slowly; "
+        f"the kernels for {device} cannot be used ({error}): PyTorch's own operations do the work, more slowly; "
         "`minillm env` says how to mend it",
         RuntimeWarning,
         stacklevel=3,
