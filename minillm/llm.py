@@ -132,7 +132,7 @@ class LLM:
             raise ConfigError(f"max_model_len={max_model_len} is more than the {context} positions that the model has")
         self.max_model_len = context if max_model_len is None else max_model_len
         sizes = SchedulerConfig(max_num_seqs, max_num_batched_tokens, self.max_model_len)
-        backend = choose_backend(attention_backend, decoder.device)
+        backend = choose_backend(attention_backend, decoder.device, decoder.dtype)
         graphs = backend.name == "triton" and not enforce_eager
         num_blocks = num_gpu_blocks_override
         if num_blocks is None:

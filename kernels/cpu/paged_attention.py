@@ -37,7 +37,7 @@ from functools import partial
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba import get_num_threads, njit, prange
+from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
 from minillm.cache import reference
@@ -217,7 +217,7 @@ def _rows(query_starts, seq_lens, window, block_size):
             length = seq_lens[seq] - (end - 1 - token)
             seqs[token], lengths[token] = seq, length
             tiles = -(-length // block_size) - max(0, length - window) // block_size
-            ends[token + 1] = ends[token] + (tiles if end - start < MANY_QUERIES else 0)
+            ends[token + 1] = ends[token] + (max(0, tiles) if end - start < MANY_QUERIES else 0)
     return seqs, lengths, ends
 
 
@@ -245,7 +245,7 @@ def paged_attention(
     )
     if not supports(q, k_cache):
         return by_reference(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.zeros(q.shape, dtype=q.dtype)  # where a sequence has no keys
     if max_query_len < MANY_QUERIES:
         _attend_few(q, k_cache, v_cache, block_tables, query_starts, seq_lens, out, scale, window, soft_cap)
         return out
@@ -277,13 +277,15 @@ def _attend_few(
     _, kv_heads, block_size, _ = k_cache.shape
     far = np.iinfo(np.int64).max // 2 if window is None else window
     seqs, lengths, ends = _rows(query_starts.numpy(), seq_lens.numpy(), far, block_size)
-    parts = max(1, min(torch.get_num_threads(), get_num_threads(), int(ends[-1]) * kv_heads // MIN_TILES_PER_THREAD))
+    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    set_num_threads(threads)  # as many as PyTorch has, whose number may have been set
+    parts = max(1, min(threads, int(ends[-1]) * kv_heads // MIN_TILES_PER_THREAD))
     _attend(
         parts,
         bits(q.contiguous()),
         bits(k_cache),
         bits(v_cache),
-        block_tables.numpy(),
+        np.ascontiguousarray(block_tables.numpy()),  # else Numba compiles once more, for rows that are not
         seqs,
         lengths,
         ends,

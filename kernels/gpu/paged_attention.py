@@ -55,7 +55,7 @@ def _sequence_of(query_starts, tile, num_seqs, QUERIES: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "num_seqs", "table_row", "num_splits"])  # else each new value may compile
 def _attend(
     q,
     k_cache,
@@ -162,7 +162,7 @@ def _attend(
         tl.store(out + at, mean.to(out.dtype.element_ty), mask=is_row[:, None] & is_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _merge(
     means,
     stats,

@@ -20,7 +20,7 @@ BLOCK_SIZE = 16
 MOST_BYTES = 8 * 2**30
 """Of keys and values in one measurement."""
 LEAST_BYTES = 2**29
-"""Smaller ones are measured on several copies, together at least so large: far more than any cache."""
+"""Smaller ones are measured on several copies, together so large where 64 of them are: far more than any cache."""
 
 
 class Heads(NamedTuple):

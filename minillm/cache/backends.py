@@ -27,11 +27,11 @@ TWINS = {"numba": ("cpu", "minillm.kernels.cpu"), "triton": ("cuda", "minillm.ke
 """Name → (device, package)."""
 
 
-def attention_backend(name: str, device: torch.device) -> AttentionBackend:
+def attention_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> AttentionBackend:
     """The backend of this name; for "auto" the device's twin, or the reference, with a warning, where it is missing.
 
     Raises:
-        ConfigError: a name that does not exist, or a twin that this device or installation does not have.
+        ConfigError: a name that does not exist, or a twin that this device, dtype or installation does not have.
     """
     if name == "auto":
         twin = next((twin for twin, (kind, _) in TWINS.items() if kind == device.type), "reference")
@@ -44,6 +44,8 @@ def attention_backend(name: str, device: torch.device) -> AttentionBackend:
         raise ConfigError(f"attention_backend {name!r} is not one of auto, reference, {', '.join(TWINS)}")
     if name in TWINS and TWINS[name][0] != device.type:
         raise ConfigError(f"attention_backend={name!r} is for {TWINS[name][0]}, and the model is on {device.type}")
+    if name == "numba" and dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"attention_backend='numba' takes float32 and bfloat16, not {dtype}: set dtype, or 'auto'")
     try:
         return _load(name)
     except (ImportError, RuntimeError) as error:

@@ -43,26 +43,26 @@ class DecodeGraphs:
     def __init__(self, runner: ModelRunner, sizes: list[int]) -> None:
         self.recordings: dict[int, Recording] = {}
         pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(runner.device)  # one for all: each keeps a workspace of its own
         for size in reversed(sizes):  # the largest first: the others then live in the memory that it needed
-            self.recordings[size] = self._record(runner, size, pool)
+            self.recordings[size] = self._record(runner, size, pool, stream)
         self.sizes = sizes
 
     @staticmethod
     @torch.inference_mode()
-    def _record(runner: ModelRunner, size: int, pool: Any) -> Recording:
+    def _record(runner: ModelRunner, size: int, pool: Any, stream: torch.cuda.Stream) -> Recording:
         batch = runner.empty_decode_batch(size)
 
         def step() -> Tensor:
             runner.kv.begin(batch)
             return runner.logits(runner.decoder.hidden(runner.tokens[:size], runner.positions[:size], runner.kv))
 
-        stream = torch.cuda.Stream(runner.device)
         stream.wait_stream(torch.cuda.current_stream(runner.device))
         with torch.cuda.stream(stream):
             step()  # compiles what must be compiled, outside of the recording
         torch.cuda.current_stream(runner.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = step()
         return Recording(graph, logits)
 

@@ -286,6 +286,7 @@ def _cuda_bytes(
         torch.cuda.reset_peak_memory_stats(decoder.device)
         trial.warm_up(tokens)
         peak = torch.cuda.max_memory_allocated(decoder.device) - kept
+        torch.cuda.empty_cache()  # recording does so too, and the difference is to be the graphs'
         reserved = torch.cuda.memory_reserved(decoder.device)
         if graphs:
             trial.record_graphs(ladder(sizes.max_num_seqs)[-1:])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 PACKAGES = {"cpu": "minillm.kernels.cpu", "cuda": "minillm.kernels.gpu"}
 OPERATIONS = {"cpu": ("rms_norm", "rotary"), "cuda": ("rms_norm", "rotary", "silu_mul")}
-"""Those for which a measurement showed that PyTorch's own takes longer."""
+"""Those for which PyTorch takes several kernels or calls where one does."""
 _warned: set[str] = set()
 
 

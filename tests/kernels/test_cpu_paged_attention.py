@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("numba")
+import numba
+
 from minillm.kernels.cpu import paged_attention as kernel
 from tests.kernels.paged import Case, float64_attention, make_case
 
@@ -60,7 +64,8 @@ def test_shapes_of_models(group, block_size):
 def test_rows_cut_anywhere_are_put_together_again(threads, monkeypatch):
     """One long sequence, and several: the tiles are cut into so many parts, also through single rows."""
     monkeypatch.setattr(kernel, "MIN_TILES_PER_THREAD", 1)
-    monkeypatch.setattr(kernel, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernel, "config", SimpleNamespace(NUMBA_NUM_THREADS=threads))
+    monkeypatch.setattr(kernel, "set_num_threads", lambda _: None)  # this machine may have fewer
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for lengths in ([400], [3, 90, 20], [1, 1, 1]):
         case = make_case([1] * len(lengths), lengths, kv_heads=2, group=3, head_dim=16, block_size=8)
@@ -68,8 +73,8 @@ def test_rows_cut_anywhere_are_put_together_again(threads, monkeypatch):
         torch.testing.assert_close(ours.double(), float64_attention(case), atol=2e-5, rtol=2e-5)
 
 
-def test_a_first_tile_of_which_nothing_is_seen():
-    """A window that ends inside a later block; and scores so low that a careless maximum would stay at zero."""
+def test_a_window_whose_first_tiles_are_hidden_and_scores_far_below_zero():
+    """Hidden tiles are not read at all; and a careless maximum would stay at zero."""
     case = make_case([1], [100], kv_heads=1, group=2, head_dim=16, block_size=16)
     q, k, *_ = case.arguments
     for keys in (k, *case.keys):
@@ -78,6 +83,30 @@ def test_a_first_tile_of_which_nothing_is_seen():
     expected = float64_attention(case, window=5)
     ours = attend(case, window=5)
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_it_uses_as_many_threads_as_pytorch_and_compiles_once(monkeypatch):
+    monkeypatch.setattr(kernel, "MIN_TILES_PER_THREAD", 1)
+    case = make_case([1, 1], [200, 30], kv_heads=2, group=1, head_dim=16, block_size=8)
+    compiled = None
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for rows in (1, 2):  # a table of one row is contiguous whatever its stride, one of two is not
+            q, k, v, tables, starts, lengths = case.arguments
+            wide = torch.zeros(2, tables.shape[1] + 5, dtype=torch.int64)[:, : tables.shape[1]]
+            wide.copy_(tables)
+            few = Case((q[:rows], k, v, wide[:rows], starts[: rows + 1], lengths[:rows]), case.scale, [], [])
+            ours = attend(few)
+            torch.testing.assert_close(ours.double(), float64_attention(case)[:rows], atol=2e-5, rtol=2e-5)
+        assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
+        compiled = compiled or len(kernel._attend.signatures)
+    assert len(kernel._attend.signatures) == compiled
+
+
+def test_a_sequence_without_keys_gets_zeros():
+    case = make_case([1, 1], [20, 1], kv_heads=1, group=2, head_dim=16, block_size=16)
+    case.arguments[5][1] = 0
+    assert not attend(case)[1].any()
 
 
 def test_what_it_does_not_take_goes_to_the_reference():
