@@ -20,7 +20,7 @@ CONFIG = DecoderConfig(50, 24, 3, 1, 8, 32, 64, (LayerConfig(rotary=RotaryConfig
     ("change", "message"),
     [
         ({"num_kv_heads": 2}, "multiple of num_kv_heads"),
-        ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1"),
         ({"activation": "sigmoid"}, "'sigmoid' is not one of"),
         ({"layers": (LayerConfig(rotary=RotaryConfig(10)),)}, "at most head_dim"),
         ({"layers": (LayerConfig(rotary=RotaryConfig(3)),)}, "must be even"),

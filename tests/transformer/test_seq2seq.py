@@ -342,7 +342,7 @@ def test_what_the_stores_ask_for():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers must be a whole number of at least 1"),
         ({"num_heads": 5}, "multiple of num_heads"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"activation": "sigmoid"}, "'sigmoid' is not one of"),
