@@ -98,7 +98,6 @@ from minillm.viz.paged import (
     scattered_tables,
     shares_by_block,
     shares_by_sequence,
-    show_part,
 )
 from minillm.viz.positions import (
     explore_rotary,
@@ -156,7 +155,7 @@ from minillm.viz.sharing import (
     sharing_of_samples,
     traced_tables,
 )
-from minillm.viz.source import show_source
+from minillm.viz.source import show_part, show_source
 from minillm.viz.tokens import plot_next_token
 from minillm.viz.translation import (
     gloss,

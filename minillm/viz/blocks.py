@@ -24,9 +24,8 @@ from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
 from minillm.llm import LLM
 from minillm.viz.attention import token_names
-from minillm.viz.style import COLOURS, GREY, png
+from minillm.viz.style import COLOURS, GREY, LIGHT, png
 
-LIGHT = "#e4e4e4"
 COLUMNS = 6
 """Blocks beside each other."""
 MOST_BLOCKS = 48

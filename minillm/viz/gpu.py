@@ -23,8 +23,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from minillm.errors import InvalidRequestError
-from minillm.viz.memory import LIGHT, Machine
-from minillm.viz.style import BLUE, COLOURS, GREY, MARKERS, ORANGE, SKY, png
+from minillm.viz.memory import Machine
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, MARKERS, ORANGE, SKY, png
 
 SECTOR = 32
 """Bytes that memory gives at the least (NVIDIA, Nsight Compute documentation: "sector")."""

@@ -22,9 +22,7 @@ from minillm.errors import InvalidRequestError
 from minillm.models.family import Json
 from minillm.models.registry import family_of
 from minillm.transformer.decoder import Decoder, DecoderConfig
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LINE_STYLES, MARKERS, ORANGE, RED, SKY, png
-
-LIGHT = "#e4e4e4"
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, RED, SKY, png
 
 PUBLISHED: Mapping[str, Json] = {
     "SmolLM2-135M": {

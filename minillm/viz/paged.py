@@ -2,62 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-import textwrap
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import ceil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Markdown
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
-import minillm
 from minillm.errors import InvalidRequestError
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, MARKERS, ORANGE, png
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, png
 
-LIGHT = "#e4e4e4"
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
 """A sequence's, beside its colour."""
 MOST_CELLS = 2400
 """Programs × blocks that can be drawn."""
-
-
-def show_part(thing: Callable[..., Any], first: str, last: str) -> Markdown:
-    """Some lines of the source of a function that is too long for one look, with their file and number.
-
-    Args:
-        thing: a function; a kernel of Numba or Triton stands for the function that it was made from.
-        first: how the first line to show begins, its indentation aside.
-        last: how the last one begins; the first such line from there on.
-
-    Raises:
-        InvalidRequestError: no line begins like this.
-    """
-    inner = inspect.unwrap(getattr(thing, "fn", thing))
-    lines, number = inspect.getsourcelines(inner)
-    start = _line(lines, first, 0)
-    stop = _line(lines, last, start) + 1
-    file = Path(inspect.getsourcefile(inner) or "").relative_to(Path(minillm.__file__).parent)
-    code = textwrap.dedent("".join(lines[start:stop]))
-    where = f"`minillm/{file.as_posix()}`, lines {number + start} to {number + stop - 1}"
-    return Markdown(f"{where}:\n```python\n{code}```")
-
-
-def _line(lines: Sequence[str], beginning: str, since: int) -> int:
-    for number in range(since, len(lines)):
-        if lines[number].strip().startswith(beginning):
-            return number
-    raise InvalidRequestError(f"no line from {since + 1} on begins with {beginning!r}: look at the whole source")
 
 
 def _look(number: int) -> dict[str, Any]:

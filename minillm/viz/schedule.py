@@ -20,9 +20,8 @@ from minillm.engine.scheduler import SchedulerConfig
 from minillm.engine.trace import Trace, TracedPart, TracedStep
 from minillm.errors import ConfigError, InvalidRequestError
 from minillm.llm import LLM, Prompt
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, png
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, ORANGE, RED, png
 
-LIGHT = "#e4e4e4"
 BLOCKS_PER_ROW = 32
 CHARACTER = 0.009
 """Share of a panel's width that a character on a bar takes."""

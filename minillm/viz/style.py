@@ -14,6 +14,8 @@ RED = "#D55E00"
 PURPLE = "#CC79A7"
 SKY = "#56B4E9"
 GREY = "#7f7f7f"
+LIGHT = "#e4e4e4"
+"""A surface that is there and means nothing yet."""
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
 LINE_STYLES = ("-", "--", "-.", ":")

@@ -24,8 +24,7 @@ from minillm.simulate.reservation import (
     simulate_memory,
 )
 from minillm.simulate.trace import Arrival
-from minillm.viz.memory import LIGHT
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, SKY, png
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, LINE_STYLES, ORANGE, SKY, png
 
 EXPLORED_SLOTS = 16_384
 EXPLORED_CONTEXT = 4_096
