@@ -1,13 +1,14 @@
 # Each target is what you could type yourself; `make demo` is the place to start.
 #   PYTHON=python3.12       another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    PyTorch without CUDA: 200 MB instead of gigabytes on Linux
+#   VLLM=…/bin/python LLAMA_CPP=…/bin/python            environments of peers, for bench-cpu
 PYTHON ?= python3
 TORCH_INDEX ?=
 export TORCH_INDEX
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lab notebooks lint types bench-kernels bench-gpu clean
+.PHONY: demo test lab notebooks lint types bench-kernels bench-cpu bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -32,9 +33,14 @@ types: .venv/test
 
 bench-kernels: .venv/notebooks
 	$(BIN)/minillm bench cpu-attention
+	$(BIN)/minillm bench operations
+
+bench-cpu: .venv/test
+	$(BIN)/minillm bench compare $(if $(VLLM),--vllm $(VLLM)) $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP))
 
 bench-gpu: .venv/notebooks
 	$(BIN)/minillm bench gpu-attention
+	$(BIN)/minillm bench operations --device cuda
 	$(BIN)/minillm bench gpu-engine
 
 clean:

@@ -24,7 +24,7 @@ from minillm.engine.cuda_graphs import ladder
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from minillm.engine.params import BeamSearchParams, RequestOutputKind, SamplingParams
-from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization, num_kv_blocks
+from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization, note_compiling, num_kv_blocks
 from minillm.engine.sampler import Sampler
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.engine.trace import Trace
@@ -134,36 +134,37 @@ class LLM:
         sizes = SchedulerConfig(max_num_seqs, max_num_batched_tokens, self.max_model_len)
         backend = choose_backend(attention_backend, decoder.device, decoder.dtype)
         graphs = backend.name == "triton" and not enforce_eager
-        num_blocks = num_gpu_blocks_override
-        if num_blocks is None:
-            room = num_kv_blocks(
-                decoder,
-                block_size,
-                sizes,
-                backend,
-                kv_cache_memory_bytes=kv_cache_memory_bytes,
-                gpu_memory_utilization=share,
-                graphs=graphs,
-            )
-            _check_context(self.max_model_len, room * block_size)
-            num_blocks = room
-            if kv_cache_memory_bytes is None and decoder.device.type == "cpu":
-                num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))
-        pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         self._generation_config = _generation_config(path)
-        end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
-        self._pool, self._end_ids, self._sizes = pool, end_ids, sizes
-        self._runner: ModelRunner | None = ModelRunner(decoder, pool.num_blocks, block_size, sizes, backend)
-        self._runner.prepare()
-        if graphs:
-            self._runner.record_graphs(ladder(max_num_seqs))
+        self._end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
+        self._sizes = sizes
+        with note_compiling():
+            num_blocks = num_gpu_blocks_override
+            if num_blocks is None:
+                room = num_kv_blocks(
+                    decoder,
+                    block_size,
+                    sizes,
+                    backend,
+                    kv_cache_memory_bytes=kv_cache_memory_bytes,
+                    gpu_memory_utilization=share,
+                    graphs=graphs,
+                )
+                _check_context(self.max_model_len, room * block_size)
+                num_blocks = room
+                if kv_cache_memory_bytes is None and decoder.device.type == "cpu":
+                    num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))
+            self._pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+            self._runner: ModelRunner | None = ModelRunner(decoder, num_blocks, block_size, sizes, backend)
+            self._runner.prepare()
+            if graphs:
+                self._runner.record_graphs(ladder(max_num_seqs))
         self.trace = Trace() if trace else None
         self.engine = Engine(
-            Scheduler(sizes, pool),
+            Scheduler(sizes, self._pool),
             self._runner,
-            Sampler(end_ids, self._decode_one),
+            Sampler(self._end_ids, self._decode_one),
             vocab_size=decoder.config.vocab_size,
-            end_ids=end_ids,
+            end_ids=self._end_ids,
             tokenizer=self._tokenizer,
             seed=seed,
             trace=self.trace,

@@ -5,15 +5,16 @@ rotary ones are copied.
 
 How it maps to the hardware: some KiB are read once and written once. PyTorch's way is a chain of seven operations for
 the queries and seven for the keys, each of which costs microseconds to call and goes over everything again; that, and
-nothing of the hardware, is what bounds it.
+nothing of the hardware, is what bounds it. `rotate_and_write` saves the next call too: it puts the turned keys, and the
+values, into their slots of the paged cache, for nobody else reads them.
 
-Definition of right: `minillm.transformer.positions.apply_rotary`.
+Definition of right: `minillm.transformer.positions.apply_rotary`, then `minillm.cache.reference.write_kv`.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numba import njit
 from torch import Tensor
 
@@ -22,25 +23,39 @@ from minillm.kernels.cpu.fast_math import FASTMATH
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _turn(source, c, s, interleaved, target):
+    """One head of one token."""
+    half = len(c)
+    if interleaved:
+        for i in range(half):
+            a, b = read(source[2 * i]), read(source[2 * i + 1])
+            target[2 * i] = write(target[2 * i], a * read(c[i]) - b * read(s[i]))
+            target[2 * i + 1] = write(target[2 * i + 1], b * read(c[i]) + a * read(s[i]))
+    else:
+        for i in range(half):
+            a, b = read(source[i]), read(source[half + i])
+            target[i] = write(target[i], a * read(c[i]) - b * read(s[i]))
+            target[half + i] = write(target[half + i], b * read(c[i]) + a * read(s[i]))
+    for i in range(2 * half, len(source)):
+        target[i] = source[i]
+
+
+@njit(nogil=True, cache=True)
 def _rotate(x, cos, sin, interleaved, out):
-    tokens, heads, head_dim = x.shape
-    half = cos.shape[1]
-    for token in range(tokens):
-        c, s = cos[token], sin[token]
-        for head in range(heads):
-            source, target = x[token, head], out[token, head]
-            if interleaved:
-                for i in range(half):
-                    a, b = read(source[2 * i]), read(source[2 * i + 1])
-                    target[2 * i] = write(target[2 * i], a * read(c[i]) - b * read(s[i]))
-                    target[2 * i + 1] = write(target[2 * i + 1], b * read(c[i]) + a * read(s[i]))
-            else:
-                for i in range(half):
-                    a, b = read(source[i]), read(source[half + i])
-                    target[i] = write(target[i], a * read(c[i]) - b * read(s[i]))
-                    target[half + i] = write(target[half + i], b * read(c[i]) + a * read(s[i]))
-            for i in range(2 * half, head_dim):
-                target[i] = source[i]
+    for token in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            _turn(x[token, head], cos[token], sin[token], interleaved, out[token, head])
+
+
+@njit(nogil=True, cache=True)
+def _rotate_and_write(q, k, v, cos, sin, interleaved, q_out, k_cache, v_cache, slots):
+    _rotate(q, cos, sin, interleaved, q_out)
+    for token in range(len(slots)):
+        if slots[token] >= 0:
+            block, place = divmod(slots[token], k_cache.shape[2])
+            for head in range(k.shape[1]):
+                _turn(k[token, head], cos[token], sin[token], interleaved, k_cache[block, head, place])
+                v_cache[block, head, place] = v[token, head]
 
 
 def supports(q: Tensor, k: Tensor) -> bool:
@@ -62,3 +77,32 @@ def rotate(
     _rotate(bits(q.contiguous()), cosines, sines, interleaved, bits(q_out))
     _rotate(bits(k.contiguous()), cosines, sines, interleaved, bits(k_out))
     return q_out, k_out
+
+
+def rotate_and_write(
+    q: Float[Tensor, "tokens heads head_dim"],
+    k: Float[Tensor, "tokens kv_heads head_dim"],
+    v: Float[Tensor, "tokens kv_heads head_dim"],
+    cos: Float[Tensor, "tokens half"],
+    sin: Float[Tensor, "tokens half"],
+    k_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    v_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    slot_mapping: Int[Tensor, "tokens"],
+    *,
+    interleaved: bool,
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """`rotate`, and `write_kv` of the turned keys and the values; returns the turned queries."""
+    q_out = torch.empty(q.shape, dtype=q.dtype)
+    _rotate_and_write(
+        bits(q.contiguous()),
+        bits(k.contiguous()),
+        bits(v.contiguous()),
+        bits(cos),
+        bits(sin),
+        interleaved,
+        bits(q_out),
+        bits(k_cache),
+        bits(v_cache),
+        slot_mapping.numpy(),
+    )
+    return q_out

@@ -26,7 +26,7 @@ class Compiled(NamedTuple):
 
     Attributes:
         registers: of each thread.
-        spills: bytes that did not fit into registers and lie in slow memory.
+        spills: bytes that a thread's instructions move from registers to slow memory ("spill stores" of `ptxas -v`).
         shared: bytes of shared memory of a program.
         ptx: NVIDIA's portable assembly.
     """
@@ -67,10 +67,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of spills, as NVIDIA's own tool reads them from the machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
-    if registers is None or stack is None:
-        raise RuntimeError(f"cuobjdump printed no resources: {said!r}")
-    return int(registers[1]), int(stack[1])
+        Path(file.name).write_bytes(cubin)
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stores = re.search(r"REG:(\d+)", said), re.findall(r"\bSTL\b(?:\.U?(\d+))?", said)
+    if registers is None or "EXIT" not in said:
+        raise RuntimeError(f"cuobjdump printed no resources or no instructions: {said[:400]!r}")
+    return int(registers[1]), sum(int(bits or 32) // 8 for bits in stores)  # STL stores 32 bits, STL.64 stores 64

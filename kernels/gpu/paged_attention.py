@@ -199,13 +199,14 @@ class Tile(NamedTuple):
 def tile_of(dtype: torch.dtype, head_dim: int, group: int, max_query_len: int) -> Tile:
     """Single queries: as few rows as `tl.dot` takes. Prompts: as many as registers hold."""
     least = max(16, triton.next_power_of_2(group))
+    exact = dtype is torch.float32  # without tensor cores: takes more registers, of which more warps have more
     if max_query_len * group <= least:
-        keys = 32 if dtype is torch.float32 else 128 if head_dim <= 128 else 64
-        return Tile(least, keys, 4, 2)
-    if dtype is torch.float32:
-        return Tile(least, 32, 4, 2)
+        keys = 32 if exact else 128 if head_dim <= 128 else 64
+        return Tile(least, keys, 8 if exact and head_dim > 128 else 4, 2)
+    if exact:
+        return Tile(least, 32, 8 if head_dim >= 128 else 4, 2)
     rows = min(64 if head_dim > 128 else 128, triton.next_power_of_2(max_query_len * group))
-    return Tile(max(least, rows), 64, 8 if rows == 128 else 4, 2)
+    return Tile(max(least, rows), 64, 8 if rows == 128 or head_dim > 128 else 4, 2)
 
 
 def _padded(head_dim: int) -> int:
@@ -302,7 +303,7 @@ def paged_attention(
             splits,
             HEAD_DIM=head_dim,
             DIM=_padded(head_dim),
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=MAX_SPLITS,  # not the number itself: each would be compiled once
             num_warps=4,
         )
     return out

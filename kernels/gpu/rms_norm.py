@@ -1,9 +1,12 @@
 """RMSNorm on the GPU: x / √(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019, §4).
 
+In a Transformer a sublayer's output is added to the residual stream and the sum is normalised for the next sublayer.
+`add_rms_norm` does both, so that the sum is not written by one kernel and read again by the next.
+
 How it maps to the hardware: one program a row, which is read once, kept in registers, and written once. What bounds it:
 memory, for many rows; the launch, for few.
 
-Definition of right: `torch.nn.functional.rms_norm`.
+Definition of right: `torch.nn.functional.rms_norm`, of x + added in x's dtype.
 """
 
 from __future__ import annotations
@@ -19,13 +22,20 @@ LARGEST = 16_384
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, x_row, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def _rms_norm(
+    x, added, weight, total, out, eps, weight_offset, x_row, ADD: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, PADDED)
     kept = number < SIZE
     values = tl.load(x + row * x_row + number, mask=kept, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(added + row * SIZE + number, mask=kept, other=0.0).to(tl.float32)
+        rounded = values.to(out.dtype.element_ty)
+        tl.store(total + row * SIZE + number, rounded, mask=kept)
+        values = rounded.to(tl.float32)  # what a later reader of the sum sees
     scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / SIZE + eps)
-    scaled = values * scale * tl.load(weight + number, mask=kept, other=0.0).to(tl.float32)
+    scaled = values * scale * (tl.load(weight + number, mask=kept, other=0.0).to(tl.float32) + weight_offset)
     tl.store(out + row * SIZE + number, scaled.to(out.dtype.element_ty), mask=kept)
 
 
@@ -43,15 +53,36 @@ def _rows(x: Tensor) -> Tensor | None:
 
 
 def rms_norm(
-    x: Float[Tensor, "*batch size"], weight: Float[Tensor, "size"], eps: float
+    x: Float[Tensor, "*batch size"], weight: Float[Tensor, "size"], eps: float, weight_offset: float = 0.0
 ) -> Float[Tensor, "*batch size"]:
-    """The normalised x, computed in float32. Has no gradient."""
+    """x normalised and times (weight + weight_offset), computed in float32. Has no gradient."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, out, weight, out, out, eps, weight_offset, add=False)
+    return out
+
+
+def add_rms_norm(
+    x: Float[Tensor, "tokens size"],
+    added: Float[Tensor, "tokens size"],
+    weight: Float[Tensor, "size"],
+    eps: float,
+    weight_offset: float = 0.0,
+) -> tuple[Float[Tensor, "tokens size"], Float[Tensor, "tokens size"]]:
+    """x + added, and its `rms_norm`, in one kernel."""
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(total)
+    _launch(x, added.contiguous(), weight, total, out, eps, weight_offset, add=True)
+    return total, out
+
+
+def _launch(
+    x: Tensor, added: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps: float, weight_offset: float, *, add: bool
+) -> None:
     rows = _rows(x)
     assert rows is not None, "supports() is asked first"
     size = x.shape[-1]
     padded = triton.next_power_of_2(size)
     _rms_norm[(len(rows),)](
-        rows, weight, out, eps, rows.stride(0), SIZE=size, PADDED=padded, num_warps=8 if padded > 2048 else 4
-    )
-    return out
+        rows, added, weight, total, out, eps, weight_offset, rows.stride(0), ADD=add, SIZE=size, PADDED=padded,
+        num_warps=8 if padded > 2048 else 4,
+    )  # fmt: skip

@@ -5,9 +5,10 @@ rotary ones are copied.
 
 How it maps to the hardware: one program a token and some heads; query heads and key heads are rows of the same tile. In
 PyTorch it is a dozen kernels, each of which reads and writes everything. What bounds it: memory, for many tokens; the
-launch, for few.
+launch, for few. `rotate_and_write` therefore puts the turned keys, and the values, where the paged cache wants them:
+nobody else reads them, so that they need not be written anywhere else.
 
-Definition of right: `minillm.transformer.positions.apply_rotary`.
+Definition of right: `minillm.transformer.positions.apply_rotary`, then `minillm.cache.reference.write_kv`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 HEADS = 8
@@ -24,16 +25,28 @@ HEADS = 8
 
 @triton.jit
 def _rotate(
-    q, k, cos, sin, q_out, k_out, q_token, k_token,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, PADDED_REST: tl.constexpr,
+    q, k, v, cos, sin, q_out, k_out, v_out, slots, q_token, k_token, v_token, cache_block, cache_head,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
+    PADDED_REST: tl.constexpr, PADDED_HEAD: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q, is_k = head < Q_HEADS, (head >= Q_HEADS) & (head < Q_HEADS + K_HEADS)
     q_from, k_from = q + token * q_token + head * HEAD_DIM, k + token * k_token + (head - Q_HEADS) * HEAD_DIM
     q_to = q_out + (token * Q_HEADS + head) * HEAD_DIM
-    k_to = k_out + (token * K_HEADS + head - Q_HEADS) * HEAD_DIM
+    if WRITE:
+        slot = tl.load(slots + token).to(tl.int64)
+        is_k = is_k & (slot >= 0)
+        start = slot // BLOCK_SIZE * cache_block + slot % BLOCK_SIZE * HEAD_DIM
+        k_to = k_out + start + (head - Q_HEADS) * cache_head
+        is_v = (head >= Q_HEADS + K_HEADS) & (head < Q_HEADS + 2 * K_HEADS) & (slot >= 0)
+        v_head, dim = head - Q_HEADS - K_HEADS, tl.arange(0, PADDED_HEAD)
+        copied = is_v[:, None] & (dim < HEAD_DIM)[None, :]
+        values = tl.load(v + token * v_token + v_head[:, None] * HEAD_DIM + dim[None, :], mask=copied)
+        tl.store(v_out + start + v_head[:, None] * cache_head + dim[None, :], values, mask=copied)
+    else:
+        k_to = k_out + (token * K_HEADS + head - Q_HEADS) * HEAD_DIM
 
     pair = tl.arange(0, PADDED)
     is_pair = (pair < HALF)[None, :]
@@ -75,13 +88,54 @@ def rotate(
     interleaved: bool,
 ) -> tuple[Float[Tensor, "tokens heads head_dim"], Float[Tensor, "tokens kv_heads head_dim"]]:
     """Queries and keys turned by their tokens' angles, computed in float32. Has no gradient."""
-    tokens, heads, head_dim = q.shape
-    kv_heads, half = k.shape[1], cos.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    _rotate[(tokens, triton.cdiv(heads + kv_heads, HEADS))](
-        q, k, cos, sin, q_out, k_out, q.stride(0), k.stride(0),
-        Q_HEADS=heads, K_HEADS=kv_heads, HEAD_DIM=head_dim, HALF=half, INTERLEAVED=interleaved, HEADS=HEADS,
-        PADDED=triton.next_power_of_2(half), PADDED_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
-    )  # fmt: skip
+    _launch(q, k, k, cos, sin, q_out, k_out, k_out, k_out, (0, 0), BLOCK_SIZE=1, WRITE=False, INTERLEAVED=interleaved)
     return q_out, k_out
+
+
+def rotate_and_write(
+    q: Float[Tensor, "tokens heads head_dim"],
+    k: Float[Tensor, "tokens kv_heads head_dim"],
+    v: Float[Tensor, "tokens kv_heads head_dim"],
+    cos: Float[Tensor, "tokens half"],
+    sin: Float[Tensor, "tokens half"],
+    k_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    v_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    slot_mapping: Int[Tensor, "tokens"],
+    *,
+    interleaved: bool,
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """`rotate`, and `write_kv` of the turned keys and the values; returns the turned queries."""
+    q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    strides = (k_cache.stride(0), k_cache.stride(1))
+    _launch(
+        q, k, v, cos, sin, q_out, k_cache, v_cache, slot_mapping, strides,
+        BLOCK_SIZE=k_cache.shape[2], WRITE=True, INTERLEAVED=interleaved,
+    )  # fmt: skip
+    return q_out
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    slots: Tensor,
+    cache_strides: tuple[int, int],
+    **constants: int,
+) -> None:
+    tokens, heads, head_dim = q.shape
+    kv_heads, half = k.shape[1], cos.shape[1]
+    all_heads = heads + kv_heads * (2 if constants["WRITE"] else 1)
+    _rotate[(tokens, triton.cdiv(all_heads, HEADS))](
+        q, k, v, cos, sin, q_out, k_out, v_out, slots, q.stride(0), k.stride(0), v.stride(0), *cache_strides,
+        Q_HEADS=heads, K_HEADS=kv_heads, HEAD_DIM=head_dim, HALF=half, HEADS=HEADS,
+        PADDED=triton.next_power_of_2(half), PADDED_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        PADDED_HEAD=triton.next_power_of_2(head_dim), **constants,
+    )  # fmt: skip

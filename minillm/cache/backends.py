@@ -15,11 +15,16 @@ from minillm.transformer.twins import warn_once
 
 
 class AttentionBackend(NamedTuple):
-    """The two operations of a paged store, with the signatures and meaning of `minillm.cache.reference`."""
+    """The operations of a paged store; the first two with the signatures and meaning of `minillm.cache.reference`.
+
+    Attributes:
+        rotate_and_write: `apply_rotary` and `write_kv` in one, where the backend has that; returns the turned queries.
+    """
 
     name: str
     write_kv: Callable[..., None]
     paged_attention: Callable[..., Tensor]
+    rotate_and_write: Callable[..., Tensor] | None = None
 
 
 REFERENCE = AttentionBackend("reference", reference.write_kv, reference.paged_attention)
@@ -58,4 +63,5 @@ def _load(name: str) -> AttentionBackend:
     _, package = TWINS[name]
     attention = importlib.import_module(f"{package}.paged_attention")
     write = importlib.import_module(f"{package}.write_kv")
-    return AttentionBackend(name, write.write_kv, attention.paged_attention)
+    rotary = importlib.import_module(f"{package}.rotary")
+    return AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write)

@@ -13,6 +13,7 @@ from minillm.cache.backends import REFERENCE, AttentionBackend
 from minillm.cache.block_table import Copy
 from minillm.errors import ConfigError, OutOfMemoryError
 from minillm.transformer.kv import CachedConfig
+from minillm.transformer.positions import Rotation
 
 
 class PagedBatch(NamedTuple):
@@ -103,10 +104,45 @@ class PagedKVCache:
         k: Float[Tensor, "tokens kv_heads head_dim"],
         v: Float[Tensor, "tokens kv_heads head_dim"],
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        batch, spec = self._batch, self.specs[layer]
-        assert batch is not None, "begin() says which tokens these are"
+        batch = self._begun()
+        self.backend.write_kv(*self.store[:, layer], k, v, batch.slot_mapping)
+        return self._attend(layer, q, batch)
+
+    @property
+    def fuses(self) -> bool:
+        return self.backend.rotate_and_write is not None
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads head_dim"],
+        rotation: Rotation,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        batch, operation = self._begun(), self.backend.rotate_and_write
+        assert operation is not None, "fuses is asked first"
+        q = operation(
+            q,
+            k,
+            v,
+            rotation.cos,
+            rotation.sin,
+            *self.store[:, layer],
+            batch.slot_mapping,
+            interleaved=rotation.interleaved,
+        )
+        return self._attend(layer, q, batch)
+
+    def _begun(self) -> PagedBatch:
+        assert self._batch is not None, "begin() says which tokens these are"
+        return self._batch
+
+    def _attend(
+        self, layer: int, q: Float[Tensor, "tokens heads head_dim"], batch: PagedBatch
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        spec = self.specs[layer]
         k_cache, v_cache = self.store[:, layer]
-        self.backend.write_kv(k_cache, v_cache, k, v, batch.slot_mapping)
         return self.backend.paged_attention(
             q,
             k_cache,

@@ -8,7 +8,7 @@ off.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from minillm.engine.runner import ModelRunner
 
 LARGEST = 512
-
-
-class Recording(NamedTuple):
-    """A graph, and where its result lies after each replay."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: Float[Tensor, "rows vocab"]
 
 
 def ladder(max_num_seqs: int) -> list[int]:
@@ -41,21 +34,23 @@ class DecodeGraphs:
     """
 
     def __init__(self, runner: ModelRunner, sizes: list[int]) -> None:
-        self.recordings: dict[int, Recording] = {}
+        self.sizes = sizes
+        shape = (max(sizes), runner.decoder.config.vocab_size)
+        self.logits = torch.empty(shape, dtype=torch.float32, device=runner.device)  # of whichever graph ran last
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(runner.device)  # one for all: each keeps a workspace of its own
         for size in reversed(sizes):  # the largest first: the others then live in the memory that it needed
-            self.recordings[size] = self._record(runner, size, pool, stream)
-        self.sizes = sizes
+            self.graphs[size] = self._record(runner, size, pool, stream)
 
-    @staticmethod
     @torch.inference_mode()
-    def _record(runner: ModelRunner, size: int, pool: Any, stream: torch.cuda.Stream) -> Recording:
+    def _record(self, runner: ModelRunner, size: int, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         batch = runner.empty_decode_batch(size)
 
-        def step() -> Tensor:
+        def step() -> None:
             runner.kv.begin(batch)
-            return runner.logits(runner.decoder.hidden(runner.tokens[:size], runner.positions[:size], runner.kv))
+            hidden = runner.decoder.hidden(runner.tokens[:size], runner.positions[:size], runner.kv)
+            self.logits[:size] = runner.decoder.logits(hidden)
 
         stream.wait_stream(torch.cuda.current_stream(runner.device))
         with torch.cuda.stream(stream):
@@ -63,8 +58,8 @@ class DecodeGraphs:
         torch.cuda.current_stream(runner.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
-            logits = step()
-        return Recording(graph, logits)
+            step()
+        return graph
 
     def size_for(self, rows: int) -> int | None:
         """The smallest recorded batch that holds so many rows."""
@@ -72,6 +67,5 @@ class DecodeGraphs:
 
     def replay(self, size: int) -> Float[Tensor, "rows vocab"]:
         """Run a recorded step on what lies in the runner's input tensors; valid until the next replay."""
-        recording = self.recordings[size]
-        recording.graph.replay()
-        return recording.logits
+        self.graphs[size].replay()
+        return self.logits[:size]

@@ -6,9 +6,10 @@ can be, and filled anew each time.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ from minillm.transformer.sampling import draw, transform
 
 DEFAULT_CPU_KV_BYTES = 2**30
 """Memory for keys and values on a CPU, where nothing else is said."""
-WARM_UP_TOKENS = 8
+WARM_UP_TOKENS = {"cpu": (1, 8), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
+"""Lengths of prompts to compile for: on CUDA, tiles grow with the longest prompt of a step, up to 128 rows."""
 NOTE_AFTER_SECONDS = 1.5
 
 
@@ -187,15 +189,11 @@ class ModelRunner:
         )
 
     def prepare(self) -> None:
-        """Compile what must be compiled before the first request, with a note at a terminal where it takes long."""
+        """Compile what must be compiled before the first request."""
         block_tokens = self.kv.num_blocks * self.kv.block_size
-        tokens = min(WARM_UP_TOKENS, self.sizes.max_model_len, self.sizes.max_num_batched_tokens, block_tokens)
-        note = threading.Timer(NOTE_AFTER_SECONDS, _note_compiling)
-        note.start()
-        try:
+        limit = min(self.sizes.max_model_len, self.sizes.max_num_batched_tokens, block_tokens)
+        for tokens in sorted({min(tokens, limit) for tokens in WARM_UP_TOKENS.get(self.device.type, (1,))}):
             self.warm_up(tokens)
-        finally:
-            note.cancel()
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
@@ -221,6 +219,17 @@ class ModelRunner:
         del self._query_starts, self._seq_lens, self._block_tables
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def note_compiling() -> Iterator[None]:
+    """Say at a terminal that kernels are being compiled, if what is done inside takes long."""
+    note = threading.Timer(NOTE_AFTER_SECONDS, _note_compiling)
+    note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
 
 
 def _note_compiling() -> None:

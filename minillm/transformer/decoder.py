@@ -6,9 +6,10 @@ subclass.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from minillm.checks import check_sizes
 from minillm.errors import ConfigError, InvalidRequestError
+from minillm.transformer import fused
 from minillm.transformer.blocks import NormPlacement, TransformerBlock
 from minillm.transformer.feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
 from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch
@@ -139,6 +141,7 @@ class Decoder(nn.Module):
         self.rotaries = {layer.rotary: RotaryEmbedding(layer.rotary) for layer in config.layers if layer.rotary}
         self.layers = nn.ModuleList(_make_block(config, number) for number in range(config.num_layers))
         self.final_norm = _make_norm(config) if config.final_norm else None
+        self._fuses = fused.fuses(cast("Iterable[TransformerBlock]", self.layers), self.final_norm)
         self.head = None if config.tied_head else nn.Linear(embedding_size, config.vocab_size, bias=False)
         if self.device.type != "meta":
             self.reset_parameters()
@@ -184,8 +187,12 @@ class Decoder(nn.Module):
         rotations: dict[RotaryConfig | None, Rotation | None] = {None: None}
         for rotary, embedding in self.rotaries.items():
             rotations[rotary] = embedding(positions, x.dtype)
-        for layer, layer_config in zip(self.layers, self.config.layers, strict=True):
-            x = layer(x, rotations[layer_config.rotary], kv)
+        blocks = cast("Iterable[TransformerBlock]", self.layers)
+        layers = zip(blocks, (rotations[layer.rotary] for layer in self.config.layers), strict=True)
+        if self._fuses and self.final_norm is not None and fused.takes_part(kv):
+            return fused.run_layers(layers, self.final_norm, x, kv)
+        for layer, rotation in layers:
+            x = layer(x, rotation, kv)
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, hidden: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens vocab"]:

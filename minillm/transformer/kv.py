@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minillm.errors import InvalidRequestError
 from minillm.transformer.attention import attend, attention_mask
+from minillm.transformer.positions import Rotation
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,25 @@ class KVStore(Protocol):
         v: Float[Tensor, "*tokens kv_heads head_dim"],
     ) -> Float[Tensor, "*tokens heads head_dim"]:
         """Save this call's k and v; attend q to everything that it may see."""
+
+
+@runtime_checkable
+class FusedStore(KVStore, Protocol):
+    """A store that can turn queries and keys by their positions while it saves the keys."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether it has an operation that does both."""
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "tokens heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads head_dim"],
+        rotation: Rotation,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """`attend` with q and k turned."""
 
 
 @runtime_checkable

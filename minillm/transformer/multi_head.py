@@ -54,12 +54,17 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "*tokens hidden"], rotation: Rotation | None, kv: KVStore
     ) -> Float[Tensor, "*tokens hidden"]:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.split, dim=-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         if rotation is not None:
             q, k = rotate(q, k, rotation)
         return self.out(kv.attend(self.layer, q, k, v).flatten(-2))
+
+    def project(self, x: Float[Tensor, "*tokens hidden"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[*tokens, heads, head_dim]``, and keys and values ``[*tokens, kv_heads, head_dim]``."""
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.split, dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 class CrossAttention(nn.Module):

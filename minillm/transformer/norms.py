@@ -31,12 +31,23 @@ class RMSNorm(nn.Module):
         self.weight_offset = weight_offset
 
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        kernel = twin("rms_norm", x)
+        if kernel is not None and kernel.supports(x, self.weight):
+            out: Tensor = kernel.rms_norm(x, self.weight, self.eps, self.weight_offset)
+            return out
         if self.weight_offset:
             # In float32: 1 + w would lose w's last bits in bf16.
             weight = self.weight.float() + self.weight_offset
             return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def add(
+        self, x: Float[Tensor, "tokens size"], added: Float[Tensor, "tokens size"]
+    ) -> tuple[Float[Tensor, "tokens size"], Float[Tensor, "tokens size"]]:
+        """x + added, and the norm of that; by one kernel where there is one."""
         kernel = twin("rms_norm", x)
         if kernel is not None and kernel.supports(x, self.weight):
-            out: Tensor = kernel.rms_norm(x, self.weight, self.eps)
+            out: tuple[Tensor, Tensor] = kernel.add_rms_norm(x, added, self.weight, self.eps, self.weight_offset)
             return out
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        total = x + added
+        return total, self(total)

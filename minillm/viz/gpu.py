@@ -281,7 +281,7 @@ class AttentionTile(NamedTuple):
         group, head_dim, max_query_len: what it was compiled for; 1 is decode.
         rows, keys, num_warps, num_stages: the tile, as `tile_of` chose it.
         registers: of each thread.
-        spills: bytes of each thread that lie in slow memory, since registers did not suffice.
+        spills: bytes that each thread stores in slow memory, since registers did not suffice.
         shared: bytes of shared memory of a program.
         ptx: NVIDIA's portable assembly.
     """

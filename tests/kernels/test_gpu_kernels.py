@@ -17,20 +17,28 @@ from tests.kernels.paged import Case, check_rotary, float64_attention, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCE)
 
 
 def attend(case: Case, queries: list[int], **options) -> torch.Tensor:
     return kernel.paged_attention(*case.arguments, max_query_len=max(queries), scale=case.scale, **options).cpu()
 
 
+def check(case: Case, queries: list[int], dtype: torch.dtype, **options) -> None:
+    """The kernel's dtype is the queries', and its numbers are those of float64."""
+    ours, expected = attend(case, queries, **options), float64_attention(case, **options)
+    assert ours.dtype is dtype
+    torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     data=st.data(),
     group=st.sampled_from([1, 3, 4, 7]),
     head_dim=st.sampled_from([16, 64, 80]),
     block_size=st.sampled_from([1, 8, 16, 32]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES),
     window=st.sampled_from([None, 1, 9, 60]),
     soft_cap=st.sampled_from([None, 5.0]),
 )
@@ -48,10 +56,28 @@ def test_equals_float64(lengths, data, group, head_dim, block_size, dtype, windo
         device=DEVICE,
         seed=data.draw(st.integers(0, 99)),
     )
-    ours = attend(case, queries, window=window, soft_cap=soft_cap)
-    assert ours.dtype is dtype
-    expected = float64_attention(case, window=window, soft_cap=soft_cap)
-    torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    check(case, queries, dtype, window=window, soft_cap=soft_cap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("queries", [[1, 1, 1], [40, 1, 5]])
+def test_second_and_third_tiles_in_half_precision(queries, window, dtype):
+    """Tiles are 128 keys for single queries and 64 for prompts; one length ends with a tile, one just behind one."""
+    assert kernel.tile_of(dtype, 64, 4, 1).keys == 128
+    case = make_case(
+        queries, [300, 129, 128], kv_heads=2, group=4, head_dim=64, block_size=16, dtype=dtype, device=DEVICE
+    )
+    check(case, queries, dtype, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [4, 40])
+def test_rows_that_see_nothing_of_their_first_tile(window, dtype):
+    """A tile of queries begins at the keys that its first query sees; windows of later queries begin tiles later."""
+    queries, lengths = [150, 70], [150, 200]
+    case = make_case(queries, lengths, kv_heads=1, group=1, head_dim=16, block_size=16, dtype=dtype, device=DEVICE)
+    check(case, queries, dtype, window=window)
 
 
 @pytest.mark.parametrize("splits", [2, 3, 8])
@@ -61,8 +87,18 @@ def test_split_keys_are_put_together_again(splits, window, monkeypatch):
     monkeypatch.setattr(kernel, "num_splits", lambda *_: splits)
     queries, lengths = [1, 1, 1], [300, 5, 64]
     case = make_case(queries, lengths, kv_heads=2, group=3, head_dim=16, block_size=16, device=DEVICE)
-    ours = attend(case, queries, window=window)
-    torch.testing.assert_close(ours.double(), float64_attention(case, window=window), atol=2e-5, rtol=2e-5)
+    check(case, queries, torch.float32, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"window": 150}, {"soft_cap": 5.0}], ids=str)
+def test_splits_that_the_kernel_chooses(options, dtype, monkeypatch):
+    monkeypatch.setattr(kernel, "MIN_KEYS_PER_SPLIT", 64)
+    monkeypatch.setattr(kernel, "_processors", lambda _: 4)
+    assert kernel.num_splits(programs=6, max_keys=320, processors=4) == 3
+    queries, lengths = [1, 1, 1], [300, 129, 5]
+    case = make_case(queries, lengths, kv_heads=2, group=3, head_dim=64, block_size=16, dtype=dtype, device=DEVICE)
+    check(case, queries, dtype, **options)
 
 
 def test_splits_fill_the_chip_and_no_more():
@@ -72,11 +108,18 @@ def test_splits_fill_the_chip_and_no_more():
     assert kernel.num_splits(programs=1, max_keys=100, processors=132) == 1
 
 
-def test_rows_without_keys_are_zero():
-    """As a CUDA graph's padding has them: length 0, nothing is read."""
-    case = make_case([1, 1], [20, 1], kv_heads=1, group=2, head_dim=16, block_size=16, device=DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_sequence_without_keys_gets_zeros(window, splits, dtype, monkeypatch):
+    """As a CUDA graph's padding has them: length 0, nothing is read. What stands beside it is right."""
+    monkeypatch.setattr(kernel, "num_splits", lambda *_: splits)
+    case = make_case([1, 1], [200, 1], kv_heads=1, group=2, head_dim=16, block_size=16, dtype=dtype, device=DEVICE)
+    expected = float64_attention(case, window=window)[0]
     case.arguments[5][1] = 0
-    assert not attend(case, [1, 1])[1].any()
+    ours = attend(case, [1, 1], window=window)
+    assert torch.equal(ours[1], torch.zeros_like(ours[1]))
+    torch.testing.assert_close(ours[0].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -118,7 +161,8 @@ def test_silu_mul(size, dtype):
     torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dim"), [(9, 3, 64, 64), (4, 2, 32, 16), (2, 1, 80, 80)])
-def test_rotary(heads, kv_heads, head_dim, dim, interleaved):
-    check_rotary(rotary, heads, kv_heads, head_dim, dim, interleaved, torch.float32, DEVICE)
+def test_rotary(heads, kv_heads, head_dim, dim, interleaved, dtype):
+    check_rotary(rotary, heads, kv_heads, head_dim, dim, interleaved, dtype, DEVICE)

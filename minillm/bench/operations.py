@@ -1,0 +1,134 @@
+"""The small operations, each by its kernel and by PyTorch: what a kernel is worth there, on the CPU or on the GPU."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from minillm.errors import ConfigError
+from minillm.transformer.positions import Rotation, apply_rotary
+from minillm.transformer.twins import PACKAGES
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 576, 1536, 9, 3, 64, 16
+"""SmolLM2-135M's shapes."""
+GPU_HIDDEN, GPU_INTERMEDIATE, GPU_HEADS, GPU_KV_HEADS, GPU_HEAD_DIM = 2048, 8192, 32, 8, 64
+"""Llama-3.2-1B's."""
+TOKENS = (1, 64, 1024)
+ROUNDS = 200
+
+
+class Operation(NamedTuple):
+    """One operation done twice."""
+
+    name: str
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+
+
+def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
+    """All of them on random numbers."""
+    sizes = (HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM)
+    if device == "cuda":
+        sizes = (GPU_HIDDEN, GPU_INTERMEDIATE, GPU_HEADS, GPU_KV_HEADS, GPU_HEAD_DIM)
+    hidden, intermediate, heads, kv_heads, head_dim = sizes
+    make: dict[str, Any] = {"dtype": dtype, "device": device}
+    x, added = torch.randn(tokens, hidden, **make), torch.randn(tokens, hidden, **make)
+    weight = torch.ones(hidden, **make)
+    norm, rotary = (importlib.import_module(f"{PACKAGES[device]}.{name}") for name in ("rms_norm", "rotary"))
+    packed = torch.randn(tokens, heads + 2 * kv_heads, head_dim, **make)
+    q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
+    angles = torch.rand(tokens, head_dim // 2, device=device) * 6
+    rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype), False)
+    cache = torch.zeros(2, tokens // BLOCK_SIZE + 1, kv_heads, BLOCK_SIZE, head_dim, **make)
+    slots = torch.randperm(tokens, device=device)
+    gate_up = torch.randn(tokens, 2 * intermediate, **make)
+
+    def add_norm() -> object:
+        total = x + added
+        return total, F.rms_norm(total, weight.shape, weight, 1e-5)
+
+    def rotate_write() -> object:
+        block, place = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+        cache[0][block, :, place], cache[1][block, :, place] = apply_rotary(k, rotation), v
+        return apply_rotary(q, rotation)
+
+    def gate() -> object:
+        gated, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gated) * up
+
+    found = [
+        Operation(
+            "RMSNorm",
+            lambda: norm.rms_norm(x, weight, 1e-5),
+            lambda: F.rms_norm(x, weight.shape, weight, 1e-5),
+        ),
+        Operation("residual sum + RMSNorm", lambda: norm.add_rms_norm(x, added, weight, 1e-5), add_norm),
+        Operation(
+            "rotary",
+            lambda: rotary.rotate(q, k, rotation.cos, rotation.sin, interleaved=False),
+            lambda: (apply_rotary(q, rotation), apply_rotary(k, rotation)),
+        ),
+        Operation(
+            "rotary + KV write",
+            lambda: rotary.rotate_and_write(q, k, v, rotation.cos, rotation.sin, *cache, slots, interleaved=False),
+            rotate_write,
+        ),
+    ]
+    if device == "cuda":  # on the CPU a kernel of ours was slower than PyTorch's two operations
+        silu = importlib.import_module(f"{PACKAGES[device]}.silu_mul")
+        found.append(Operation("silu · mul", lambda: silu.silu_mul(gate_up), gate))
+    return found
+
+
+def seconds_in_turn(works: list[Callable[[], object]]) -> list[float]:
+    """Median of each on the CPU."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(ROUNDS):
+        for work, found in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
+    return [median(found[ROUNDS // 10 :]) for found in times]
+
+
+@torch.inference_mode()
+def main(device: str) -> None:
+    """Measure, and print a table last.
+
+    Args:
+        device: "cpu" or "cuda"; there, kernels are timed on the GPU alone (in a CUDA graph), so that launches do not
+            count.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if device not in PACKAGES or (device == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device must be cpu, or cuda where there is an NVIDIA GPU, not {device!r}")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    table = Table("operation", "dtype", "tokens", "kernel, µs", "PyTorch, µs", "kernel is faster", title=name)
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in TOKENS:
+            for operation in operations(tokens, dtype, device):
+                if device == "cuda":
+                    from minillm.bench.timing import graph_seconds
+
+                    ours, theirs = (graph_seconds([work] * 20) for work in operation[1:])
+                else:
+                    ours, theirs = seconds_in_turn(list(operation[1:]))
+                table.add_row(
+                    operation.name,
+                    str(dtype).removeprefix("torch."),
+                    f"{tokens:,}",
+                    f"{ours * 1e6:.1f}",
+                    f"{theirs * 1e6:.1f}",
+                    f"{theirs / ours:.1f}×",
+                )
+    Console(width=120).print(table)
