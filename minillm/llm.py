@@ -33,6 +33,7 @@ from minillm.models.loader import load_model
 from minillm.models.source import resolve
 from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids
 from minillm.text import read_json
+from minillm.transformer.linear import QUANTIZATIONS, pack, quantize
 from minillm.transformer.search import Hypothesis
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -63,7 +64,8 @@ class LLM:
         trust_remote_code: accepted; no code from a model's repository is ever executed.
         tensor_parallel_size: only 1.
         dtype: "auto", "float32", "bfloat16", "float16", or a torch.dtype.
-        quantization: only None.
+        quantization: "int8" or "int4": round the weights of linear layers to so many bits (CPU only). Fewer bytes for
+            each token; answers differ.
         seed: of the draws of requests without a seed of their own.
         gpu_memory_utilization: share of a GPU's memory to use in all. On a CPU `kv_cache_memory_bytes` decides.
         kv_cache_memory_bytes: memory for keys and values. On a CPU, None is 1 GiB, or what `max_num_seqs` sequences of
@@ -74,7 +76,8 @@ class LLM:
         enable_prefix_caching: find the blocks of a prompt's beginning that another request had.
         max_num_seqs: requests in a step.
         max_num_batched_tokens: tokens in a step.
-        enforce_eager: do not record decode steps as CUDA graphs. Elsewhere nothing is recorded anyway.
+        enforce_eager: take the plain way: no CUDA graphs of decode steps, on a CPU no weights laid out for its matrix
+            products.
         attention_backend: "numba" (CPU), "triton" (CUDA), "reference" (PyTorch, anywhere), or "auto".
         device: "auto", "cpu" or "cuda".
         trace: record every step (`llm.trace`).
@@ -127,6 +130,12 @@ class LLM:
             warnings.warn("gpu_memory_utilization decides nothing on a CPU: kv_cache_memory_bytes does", stacklevel=2)
         share = DEFAULT_GPU_MEMORY_UTILIZATION if gpu_memory_utilization is None else gpu_memory_utilization
         check_gpu_memory_utilization(share)
+        if quantization is not None:
+            decoder.make_head()
+            quantize(decoder, quantization)
+        elif decoder.device.type == "cpu" and not enforce_eager:
+            decoder.make_head()
+            pack(decoder)
         context = decoder.config.max_position_embeddings
         if max_model_len is not None and max_model_len > context and decoder.config.positions == "learned":
             raise ConfigError(f"max_model_len={max_model_len} is more than the {context} positions that the model has")
@@ -488,8 +497,8 @@ def _refuse(unknown: Mapping[str, Any], tensor_parallel_size: int, quantization:
             f"tensor_parallel_size={tensor_parallel_size}: only 1 is possible; where memory is short, choose a smaller "
             "model, dtype='bfloat16' or a GGUF file, or lower max_model_len"
         )
-    if quantization is not None:
-        raise ConfigError(f"quantization={quantization!r} is not implemented: leave it out, or load a GGUF file")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
 
 
 def _check_context(max_model_len: int, room: int) -> None:

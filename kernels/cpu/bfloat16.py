@@ -17,7 +17,9 @@ from torch import Tensor
 
 def bits(tensor: Tensor) -> Any:
     """The tensor's memory as an array: float32 as it is, 16-bit numbers as integers."""
-    return tensor.detach().view(torch.uint16 if tensor.dtype.itemsize == 2 else tensor.dtype).numpy()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype.itemsize == 2 else tensor.numpy()
 
 
 @intrinsic

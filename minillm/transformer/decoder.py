@@ -142,7 +142,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(_make_block(config, number) for number in range(config.num_layers))
         self.final_norm = _make_norm(config) if config.final_norm else None
         self._fuses = fused.fuses(cast("Iterable[TransformerBlock]", self.layers), self.final_norm)
-        self.head = None if config.tied_head else nn.Linear(embedding_size, config.vocab_size, bias=False)
+        self.head: nn.Module | None = (
+            None if config.tied_head else nn.Linear(embedding_size, config.vocab_size, bias=False)
+        )
         if self.device.type != "meta":
             self.reset_parameters()
 
@@ -154,6 +156,13 @@ class Decoder(nn.Module):
                 module.weight.normal_(std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+
+    def make_head(self) -> None:
+        """Make the head a linear layer also where it is the embedding table, whose memory the two then share."""
+        if self.head is None:
+            vocab_size, size = self.embedding.weight.shape
+            self.head = nn.Linear(size, vocab_size, bias=False, device="meta")
+            self.head.weight = self.embedding.weight
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,157 @@
+"""Linear layers for inference on a CPU, with weights laid out, or rounded, for it.
+
+At load, each takes the place of an `nn.Linear`; the model does not notice (`swap_linears`).
+
+- `PackedLinear`: the same weights in the order in which oneDNN's matrix product reads them. `F.linear` arranges them
+  anew in every call, or reads them against the grain.
+- `Int8Linear`, `Int4Linear`: weight-only quantisation. One token's matrix products read every weight once and do two
+  operations with it, so that the bytes of the weights are the time (Gholami et al. 2021, "A Survey of Quantization
+  Methods for Efficient Neural Network Inference", §I). Activations stay as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minillm.errors import ConfigError
+
+GROUP = 32
+"""Consecutive weights of a row that share a scale and a zero point in int4."""
+PACKED_FOR = 256
+"""Rows of a matrix product that oneDNN is told to expect; one layout serves all numbers of rows well."""
+INT4_ROWS = 16
+"""Rows of a weight that int4 takes are a multiple of this."""
+QUANTIZATIONS = ("int8", "int4")
+TRIAL_ROWS, TRIALS = (1, 64), 7
+"""What `packing_pays` times: rows of the product, how often each."""
+
+
+class PackedLinear(nn.Module):
+    """x · weightᵀ + bias with the weight in oneDNN's own layout. Has no gradient.
+
+    Args:
+        weight: ``[out, in]``, float32 or bfloat16 on the CPU.
+    """
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_FOR)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return out
+
+
+class Int8Linear(nn.Module):
+    """x · weightᵀ + bias with weights of 8 bits and one scale for each row of the weight. Has no gradient."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        wide = weight.detach().float()
+        scale = wide.abs().amax(dim=1).clamp(min=1e-8) / 127
+        self.numbers = (wide / scale[:, None]).round().to(torch.int8)
+        self.scale = scale.to(weight.dtype)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        rows = x.reshape(-1, self.in_features)
+        out = torch.ops.aten._weight_int8pack_mm(rows, self.numbers, self.scale)
+        return _with_bias(out, self.bias).view(*x.shape[:-1], -1)
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
+        """The weights that the rounded numbers stand for."""
+        return self.numbers.to(self.scale.dtype) * self.scale[:, None]
+
+
+class Int4Linear(nn.Module):
+    """x · weightᵀ + bias with weights of 4 bits; each group of a row has a scale and a zero point. Has no gradient."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        groups = weight.detach().float().unflatten(1, (-1, GROUP))
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
+        scale = ((high - low) / 15).clamp(min=1e-8)
+        numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.flatten(1), 1)
+        # The operation computes (number − 8) · scale + zero.
+        self.scale_and_zero = torch.stack([scale, low + 8 * scale], dim=2).transpose(0, 1).contiguous().to(weight.dtype)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        rows = x.reshape(-1, self.in_features)
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scale_and_zero)
+        return _with_bias(out, self.bias).view(*x.shape[:-1], -1)
+
+
+def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
+
+
+def pack(model: nn.Module) -> bool:
+    """Give every linear layer oneDNN's layout, in place, if this CPU's matrix products are faster for it."""
+    widest = max((layer for _, layer in _linears(model)), key=lambda layer: layer.weight.numel())
+    if not packing_pays(widest):
+        return False
+    swap_linears(model, PackedLinear)
+    return True
+
+
+def packing_pays(layer: nn.Linear) -> bool:
+    """Whether `PackedLinear` can do this layer's product here, and faster: for one row and many, best times summed."""
+    try:
+        packed = PackedLinear(layer.weight, layer.bias)
+        plain_seconds, packed_seconds = 0.0, 0.0
+        for rows in TRIAL_ROWS:
+            x = torch.randn(rows, layer.in_features).to(layer.weight.dtype)
+            times = [(_seconds(layer, x), _seconds(packed, x)) for _ in range(TRIALS)]
+            plain_seconds += min(plain for plain, _ in times)
+            packed_seconds += min(packed for _, packed in times)
+    except (RuntimeError, AttributeError):  # operations that this PyTorch, or this CPU, does not have
+        return False
+    return packed_seconds < plain_seconds
+
+
+def _seconds(layer: nn.Module, x: Tensor) -> float:
+    start = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - start
+
+
+def quantize(model: nn.Module, kind: str) -> None:
+    """Round the weights of every linear layer, and of the head, in place.
+
+    Raises:
+        ConfigError: a kind that does not exist, a model that is not on the CPU, or a layer whose sizes int4 does not
+            take.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ConfigError(f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)}")
+    for name, layer in _linears(model):
+        if layer.weight.device.type != "cpu":
+            raise ConfigError(f"quantization={kind!r} is for a CPU, and the model is on {layer.weight.device}")
+        if kind == "int4" and (layer.in_features % GROUP or layer.out_features % INT4_ROWS):
+            raise ConfigError(
+                f"quantization='int4' takes layers of a multiple of {GROUP} inputs and {INT4_ROWS} outputs, and {name} "
+                f"has {layer.in_features} and {layer.out_features}: take 'int8', or another model"
+            )
+    swap_linears(model, Int8Linear if kind == "int8" else Int4Linear)
+
+
+def swap_linears(model: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+    """Put what `make` makes of weight and bias in the place of every linear layer."""
+    for name, layer in _linears(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(layer.weight, layer.bias))
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
