@@ -130,6 +130,7 @@ class LLM:
             warnings.warn("gpu_memory_utilization decides nothing on a CPU: kv_cache_memory_bytes does", stacklevel=2)
         share = DEFAULT_GPU_MEMORY_UTILIZATION if gpu_memory_utilization is None else gpu_memory_utilization
         check_gpu_memory_utilization(share)
+        decoder.requires_grad_(False)
         if quantization is not None:
             decoder.make_head()
             quantize(decoder, quantization)

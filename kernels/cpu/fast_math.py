@@ -1,12 +1,13 @@
-"""What the CPU kernels share: which liberties the compiler may take, and an exponential that it can vectorise."""
+"""What the CPU kernels share: which liberties the compiler may take, threads, an exponential that it can vectorise."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, set_num_threads, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -15,8 +16,20 @@ from minillm.kernels.cpu.bfloat16 import bits_to_float
 # Never plain fastmath=True: it assumes that there are no infinities and no NaN.
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
+ONLY_PRANGE = dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
+)
+"""Numba's option `parallel`: threads where `prange` says so, and nowhere else."""
+
 LOG2_E = 1.4426950408889634
 CACHE_LINE = 64
+
+
+def use_torch_threads() -> int:
+    """Give Numba as many threads as PyTorch has, whose number may have been set; returns it."""
+    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    set_num_threads(threads)
+    return threads
 
 
 @njit(inline="always")

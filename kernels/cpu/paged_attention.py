@@ -32,26 +32,24 @@ Definition of right: `minillm.cache.reference.paged_attention`.
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba import config, njit, prange, set_num_threads
+from numba import njit, prange
 from torch import Tensor
 
 from minillm.cache import reference
 from minillm.kernels.cpu.bfloat16 import bits, read, write
-from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, exp2, prefetch
+from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, prefetch, use_torch_threads
 
+FAR = np.iinfo(np.int64).max // 2
+"""A window that hides nothing."""
 MANY_QUERIES = 16
 """So many queries of one sequence are better served by matrix products."""
 MIN_TILES_PER_THREAD = 48
 """Fewer are done before another thread has woken up."""
-ONLY_PRANGE = dict.fromkeys(
-    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
-)
-"""Numba's option `parallel`: threads where `prange` says so, and nowhere else."""
 
 
 @njit(fastmath=FASTMATH, inline="always")
@@ -197,7 +195,10 @@ def _merge(out, tokens, stats, means):
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
-def _attend(parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means):
+def _attend(parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out):
+    _, heads, head_dim = q.shape
+    tokens, stats = np.empty((parts, 2), np.int64), np.empty((parts, 2, 2, heads), np.float32)
+    means = np.empty((parts, 2, heads, head_dim), np.float32)
     for part in prange(parts):
         _attend_part(
             part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means
@@ -221,6 +222,94 @@ def _rows(query_starts, seq_lens, window, block_size):
     return seqs, lengths, ends
 
 
+class Plan(NamedTuple):
+    """What all layers of a step have in common, worked out once.
+
+    Attributes:
+        block_tables: those of the step; `tables` are the same as an array.
+        many: of each sequence with many queries: its number, where its queries begin and end, and its keys.
+        seqs, lengths, ends: of each query of the others (see `_rows`).
+        tiles: blocks that those have together.
+        window: how far a token looks back, or `FAR`.
+    """
+
+    block_tables: Int[Tensor, "seqs max_blocks"]
+    tables: Any
+    many: list[tuple[int, int, int, Int[Tensor, "1"]]]
+    seqs: Any
+    lengths: Any
+    ends: Any
+    tiles: int
+    window: int
+
+
+def plan(
+    block_tables: Int[Tensor, "seqs max_blocks"],
+    query_starts: Int[Tensor, "seqs_and_one"],
+    seq_lens: Int[Tensor, "seqs"],
+    *,
+    block_size: int,
+    max_query_len: int,
+    window: int | None,
+) -> Plan:
+    """How to attend in a step, for all layers with this window."""
+    far = FAR if window is None else window
+    many = []
+    if max_query_len >= MANY_QUERIES:
+        edges = enumerate(itertools.pairwise(query_starts.tolist()))
+        many = [
+            (seq, start, end, seq_lens[seq : seq + 1]) for seq, (start, end) in edges if end - start >= MANY_QUERIES
+        ]
+    seqs, lengths, ends = _rows(query_starts.numpy(), seq_lens.numpy(), far, block_size)
+    # Contiguous, else Numba compiles once more, for rows that are not.
+    tables = np.ascontiguousarray(block_tables.numpy())
+    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far)
+
+
+def attend(
+    q: Float[Tensor, "tokens heads head_dim"],
+    k_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    v_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    plan: Plan,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """`paged_attention` of one layer of a step."""
+    out = torch.zeros(q.shape, dtype=q.dtype)  # where a sequence has no keys
+    window = None if plan.window == FAR else plan.window
+    for seq, start, end, keys in plan.many:
+        out[start:end] = reference.paged_attention(
+            q[start:end],
+            k_cache,
+            v_cache,
+            plan.block_tables[seq : seq + 1],
+            torch.tensor([0, end - start]),
+            keys,
+            max_query_len=end - start,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+        )
+    if plan.tiles:
+        parts = max(1, min(use_torch_threads(), plan.tiles * k_cache.shape[1] // MIN_TILES_PER_THREAD))
+        _attend(
+            parts,
+            bits(q.contiguous()),
+            bits(k_cache),
+            bits(v_cache),
+            plan.tables,
+            plan.seqs,
+            plan.lengths,
+            plan.ends,
+            plan.window,
+            np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
+            np.float32(soft_cap or 0.0),
+            bits(out),
+        )
+    return out
+
+
 def supports(q: Tensor, k_cache: Tensor) -> bool:
     """Whether the kernel takes these: on the CPU, all float32 or all bfloat16."""
     return q.device.type == "cpu" and q.dtype is k_cache.dtype and q.dtype in (torch.float32, torch.bfloat16)
@@ -240,60 +329,10 @@ def paged_attention(
     soft_cap: float | None = None,
 ) -> Float[Tensor, "tokens heads head_dim"]:
     """As `minillm.cache.reference.paged_attention`, which it falls back to for numbers that it does not take."""
-    by_reference = partial(
-        reference.paged_attention, max_query_len=max_query_len, scale=scale, window=window, soft_cap=soft_cap
-    )
+    batch = (block_tables, query_starts, seq_lens)
     if not supports(q, k_cache):
-        return by_reference(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
-    out = torch.zeros(q.shape, dtype=q.dtype)  # where a sequence has no keys
-    if max_query_len < MANY_QUERIES:
-        _attend_few(q, k_cache, v_cache, block_tables, query_starts, seq_lens, out, scale, window, soft_cap)
-        return out
-    starts = query_starts.tolist()
-    counts = [end - start for start, end in itertools.pairwise(starts)]
-    for seq, count in enumerate(counts):
-        if count >= MANY_QUERIES:
-            here = slice(starts[seq], starts[seq + 1])
-            edges, lengths = torch.tensor([0, count]), seq_lens[seq : seq + 1]
-            out[here] = by_reference(q[here], k_cache, v_cache, block_tables[seq : seq + 1], edges, lengths)
-    if min(counts) < MANY_QUERIES:
-        _attend_few(q, k_cache, v_cache, block_tables, query_starts, seq_lens, out, scale, window, soft_cap)
-    return out
-
-
-def _attend_few(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-) -> None:
-    """Run the kernel for the sequences that bring few queries."""
-    _, kv_heads, block_size, _ = k_cache.shape
-    far = np.iinfo(np.int64).max // 2 if window is None else window
-    seqs, lengths, ends = _rows(query_starts.numpy(), seq_lens.numpy(), far, block_size)
-    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    set_num_threads(threads)  # as many as PyTorch has, whose number may have been set
-    parts = max(1, min(threads, int(ends[-1]) * kv_heads // MIN_TILES_PER_THREAD))
-    _attend(
-        parts,
-        bits(q.contiguous()),
-        bits(k_cache),
-        bits(v_cache),
-        np.ascontiguousarray(block_tables.numpy()),  # else Numba compiles once more, for rows that are not
-        seqs,
-        lengths,
-        ends,
-        far,
-        np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
-        np.float32(soft_cap or 0.0),
-        bits(out),
-        np.empty((parts, 2), np.int64),
-        np.empty((parts, 2, 2, q.shape[1]), np.float32),
-        np.empty((parts, 2, *q.shape[1:]), np.float32),
-    )
+        return reference.paged_attention(
+            q, k_cache, v_cache, *batch, max_query_len=max_query_len, scale=scale, window=window, soft_cap=soft_cap
+        )
+    step = plan(*batch, block_size=k_cache.shape[2], max_query_len=max_query_len, window=window)
+    return attend(q, k_cache, v_cache, step, scale=scale, soft_cap=soft_cap)

@@ -43,12 +43,12 @@ def _rms_norm(x, weight, out, eps, weight_offset):
 
 
 @njit(fastmath=FASTMATH, cache=True, nogil=True)
-def _add_rms_norm(x, added, weight, total, out, eps, weight_offset):
+def _add_rms_norm(x, added, weight, out, eps, weight_offset):
     for row in range(x.shape[0]):
-        xs, addeds, totals = x[row], added[row], total[row]
+        xs, addeds = x[row], added[row]
         for i in range(len(xs)):
-            totals[i] = write(totals[i], read(xs[i]) + read(addeds[i]))
-        _normalise(totals, weight, out[row], eps, weight_offset)
+            xs[i] = write(xs[i], read(xs[i]) + read(addeds[i]))
+        _normalise(xs, weight, out[row], eps, weight_offset)
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
@@ -77,8 +77,8 @@ def add_rms_norm(
     weight: Float[Tensor, "size"],
     eps: float,
     weight_offset: float = 0.0,
-) -> tuple[Float[Tensor, "tokens size"], Float[Tensor, "tokens size"]]:
-    """x + added, and its `rms_norm`, in one call."""
-    total, out = torch.empty_like(x), torch.empty_like(x)
-    _add_rms_norm(bits(x), bits(added.contiguous()), bits(weight), bits(total), bits(out), eps, weight_offset)
-    return total, out
+) -> Float[Tensor, "tokens size"]:
+    """Add to x, in place, and return its `rms_norm`, in one call."""
+    out = torch.empty_like(x)
+    _add_rms_norm(bits(x), bits(added.contiguous()), bits(weight), bits(out), eps, weight_offset)
+    return out

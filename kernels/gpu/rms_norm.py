@@ -23,7 +23,7 @@ LARGEST = 16_384
 
 @triton.jit
 def _rms_norm(
-    x, added, weight, total, out, eps, weight_offset, x_row, ADD: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr
+    x, added, weight, out, eps, weight_offset, x_row, ADD: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, PADDED)
@@ -32,7 +32,7 @@ def _rms_norm(
     if ADD:
         values += tl.load(added + row * SIZE + number, mask=kept, other=0.0).to(tl.float32)
         rounded = values.to(out.dtype.element_ty)
-        tl.store(total + row * SIZE + number, rounded, mask=kept)
+        tl.store(x + row * x_row + number, rounded, mask=kept)
         values = rounded.to(tl.float32)  # what a later reader of the sum sees
     scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / SIZE + eps)
     scaled = values * scale * (tl.load(weight + number, mask=kept, other=0.0).to(tl.float32) + weight_offset)
@@ -57,7 +57,7 @@ def rms_norm(
 ) -> Float[Tensor, "*batch size"]:
     """x normalised and times (weight + weight_offset), computed in float32. Has no gradient."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, out, weight, out, out, eps, weight_offset, add=False)
+    _launch(x, out, weight, out, eps, weight_offset, add=False)
     return out
 
 
@@ -67,22 +67,21 @@ def add_rms_norm(
     weight: Float[Tensor, "size"],
     eps: float,
     weight_offset: float = 0.0,
-) -> tuple[Float[Tensor, "tokens size"], Float[Tensor, "tokens size"]]:
-    """x + added, and its `rms_norm`, in one kernel."""
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = torch.empty_like(total)
-    _launch(x, added.contiguous(), weight, total, out, eps, weight_offset, add=True)
-    return total, out
+) -> Float[Tensor, "tokens size"]:
+    """Add to x, in place, and return its `rms_norm`, in one kernel."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, added.contiguous(), weight, out, eps, weight_offset, add=True)
+    return out
 
 
 def _launch(
-    x: Tensor, added: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps: float, weight_offset: float, *, add: bool
+    x: Tensor, added: Tensor, weight: Tensor, out: Tensor, eps: float, weight_offset: float, *, add: bool
 ) -> None:
     rows = _rows(x)
     assert rows is not None, "supports() is asked first"
     size = x.shape[-1]
     padded = triton.next_power_of_2(size)
     _rms_norm[(len(rows),)](
-        rows, added, weight, total, out, eps, weight_offset, rows.stride(0), ADD=add, SIZE=size, PADDED=padded,
+        rows, added, weight, out, eps, weight_offset, rows.stride(0), ADD=add, SIZE=size, PADDED=padded,
         num_warps=8 if padded > 2048 else 4,
     )  # fmt: skip

@@ -28,6 +28,11 @@ def _silu_mul(gate_up, out, row_stride, SIZE: tl.constexpr, NUMBERS: tl.constexp
     tl.store(out + row * SIZE + number, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=kept)
 
 
+def supports(gate_up: Tensor) -> bool:
+    """Whether `silu_mul` takes this: any of Triton's numbers."""
+    return gate_up.is_floating_point()
+
+
 def silu_mul(gate_up: Float[Tensor, "*batch two_sizes"]) -> Float[Tensor, "*batch size"]:
     """silu of the first half of the last dimension, times the second half; computed in float32. Has no gradient."""
     size = gate_up.shape[-1] // 2

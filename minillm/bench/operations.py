@@ -15,7 +15,7 @@ from rich.table import Table
 
 from minillm.errors import ConfigError
 from minillm.transformer.positions import Rotation, apply_rotary
-from minillm.transformer.twins import PACKAGES
+from minillm.transformer.twins import OPERATIONS, PACKAGES
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 576, 1536, 9, 3, 64, 16
 """SmolLM2-135M's shapes."""
@@ -42,7 +42,7 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
     make: dict[str, Any] = {"dtype": dtype, "device": device}
     x, added = torch.randn(tokens, hidden, **make), torch.randn(tokens, hidden, **make)
     weight = torch.ones(hidden, **make)
-    norm, rotary = (importlib.import_module(f"{PACKAGES[device]}.{name}") for name in ("rms_norm", "rotary"))
+    norm, rotary, silu = (importlib.import_module(f"{PACKAGES[device]}.{name}") for name in OPERATIONS)
     packed = torch.randn(tokens, heads + 2 * kv_heads, head_dim, **make)
     q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
     angles = torch.rand(tokens, head_dim // 2, device=device) * 6
@@ -64,7 +64,7 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
         gated, up = gate_up.chunk(2, dim=-1)
         return F.silu(gated) * up
 
-    found = [
+    return [
         Operation(
             "RMSNorm",
             lambda: norm.rms_norm(x, weight, 1e-5),
@@ -81,11 +81,8 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
             lambda: rotary.rotate_and_write(q, k, v, rotation.cos, rotation.sin, *cache, slots, interleaved=False),
             rotate_write,
         ),
+        Operation("silu · mul", lambda: silu.silu_mul(gate_up), gate),
     ]
-    if device == "cuda":  # on the CPU a kernel of ours was slower than PyTorch's two operations
-        silu = importlib.import_module(f"{PACKAGES[device]}.silu_mul")
-        found.append(Operation("silu · mul", lambda: silu.silu_mul(gate_up), gate))
-    return found
 
 
 def seconds_in_turn(works: list[Callable[[], object]]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +19,22 @@ class AttentionBackend(NamedTuple):
 
     Attributes:
         rotate_and_write: `apply_rotary` and `write_kv` in one, where the backend has that; returns the turned queries.
+        plan, attend: `paged_attention` in two parts, where the backend has them: what all layers of a step have in
+            common, and one layer's attention.
     """
 
     name: str
     write_kv: Callable[..., None]
     paged_attention: Callable[..., Tensor]
     rotate_and_write: Callable[..., Tensor] | None = None
+    plan: Callable[..., Any] | None = None
+    attend: Callable[..., Tensor] | None = None
 
 
 REFERENCE = AttentionBackend("reference", reference.write_kv, reference.paged_attention)
 TWINS = {"numba": ("cpu", "minillm.kernels.cpu"), "triton": ("cuda", "minillm.kernels.gpu")}
 """Name → (device, package)."""
+NUMBA_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def attention_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> AttentionBackend:
@@ -40,6 +45,8 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype = torc
     """
     if name == "auto":
         twin = next((twin for twin, (kind, _) in TWINS.items() if kind == device.type), "reference")
+        if twin == "numba" and dtype not in NUMBA_DTYPES:
+            return REFERENCE
         try:
             return _load(twin)
         except (ImportError, RuntimeError) as error:
@@ -49,7 +56,7 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype = torc
         raise ConfigError(f"attention_backend {name!r} is not one of auto, reference, {', '.join(TWINS)}")
     if name in TWINS and TWINS[name][0] != device.type:
         raise ConfigError(f"attention_backend={name!r} is for {TWINS[name][0]}, and the model is on {device.type}")
-    if name == "numba" and dtype not in (torch.float32, torch.bfloat16):
+    if name == "numba" and dtype not in NUMBA_DTYPES:
         raise ConfigError(f"attention_backend='numba' takes float32 and bfloat16, not {dtype}: set dtype, or 'auto'")
     try:
         return _load(name)
@@ -64,4 +71,5 @@ def _load(name: str) -> AttentionBackend:
     attention = importlib.import_module(f"{package}.paged_attention")
     write = importlib.import_module(f"{package}.write_kv")
     rotary = importlib.import_module(f"{package}.rotary")
-    return AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write)
+    backend = AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write)
+    return backend._replace(plan=attention.plan, attend=attention.attend) if name == "numba" else backend

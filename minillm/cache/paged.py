@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -74,7 +74,9 @@ class PagedKVCache:
             raise OutOfMemoryError(
                 f"{size:.1f} GiB of keys and values do not fit on {device}: take fewer blocks"
             ) from error
+        self.layers = [(self.store[0, layer], self.store[1, layer]) for layer in range(len(self.specs))]
         self._batch: PagedBatch | None = None
+        self._plans: dict[int | None, Any] = {}  # by window
 
     @property
     def num_blocks(self) -> int:
@@ -92,7 +94,7 @@ class PagedKVCache:
         return self.store.nbytes
 
     def begin(self, batch: PagedBatch) -> None:
-        self._batch = batch
+        self._batch, self._plans = batch, {}
         if batch.copies:
             sources, targets = (list(blocks) for blocks in zip(*batch.copies, strict=True))
             self.store[:, :, targets] = self.store[:, :, sources]
@@ -105,7 +107,7 @@ class PagedKVCache:
         v: Float[Tensor, "tokens kv_heads head_dim"],
     ) -> Float[Tensor, "tokens heads head_dim"]:
         batch = self._begun()
-        self.backend.write_kv(*self.store[:, layer], k, v, batch.slot_mapping)
+        self.backend.write_kv(*self.layers[layer], k, v, batch.slot_mapping)
         return self._attend(layer, q, batch)
 
     @property
@@ -128,7 +130,7 @@ class PagedKVCache:
             v,
             rotation.cos,
             rotation.sin,
-            *self.store[:, layer],
+            *self.layers[layer],
             batch.slot_mapping,
             interleaved=rotation.interleaved,
         )
@@ -141,15 +143,21 @@ class PagedKVCache:
     def _attend(
         self, layer: int, q: Float[Tensor, "tokens heads head_dim"], batch: PagedBatch
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        spec = self.specs[layer]
-        k_cache, v_cache = self.store[:, layer]
-        return self.backend.paged_attention(
+        spec, backend = self.specs[layer], self.backend
+        k_cache, v_cache = self.layers[layer]
+        where = (batch.block_tables, batch.query_starts, batch.seq_lens)
+        if backend.plan is not None and backend.attend is not None:
+            if spec.window not in self._plans:
+                sizes = {"block_size": self.block_size, "max_query_len": batch.max_query_len}
+                self._plans[spec.window] = backend.plan(*where, window=spec.window, **sizes)
+            return backend.attend(
+                q, k_cache, v_cache, self._plans[spec.window], scale=spec.scale, soft_cap=spec.soft_cap
+            )
+        return backend.paged_attention(
             q,
             k_cache,
             v_cache,
-            batch.block_tables,
-            batch.query_starts,
-            batch.seq_lens,
+            *where,
             max_query_len=batch.max_query_len,
             scale=spec.scale,
             window=spec.window,

@@ -44,7 +44,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
         gate_up = self.gate_up(x)
         kernel = twin("silu_mul", x) if self.activation is F.silu else None
-        if kernel is not None:
+        if kernel is not None and kernel.supports(gate_up):
             return self.down(kernel.silu_mul(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return self.down(self.activation(gate) * up)

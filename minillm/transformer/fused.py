@@ -43,20 +43,20 @@ def run_layers(
     x: Float[Tensor, "tokens hidden"],
     kv: FusedStore,
 ) -> Float[Tensor, "tokens hidden"]:
-    """What the layers, each with its rotation, and then the final norm make of x."""
+    """What the layers, each with its rotation, and then the final norm make of x, which is overwritten."""
     out: Tensor | None = None
     for layer, rotation in layers:
-        x, normed = _add(x, out, layer.attention_norm.norm)
+        normed = _add(x, out, layer.attention_norm.norm)
         out = _out(layer.attention_norm, _attend(layer.attention, normed, rotation, kv))
-        x, normed = _add(x, out, layer.feed_forward_norm.norm)
+        normed = _add(x, out, layer.feed_forward_norm.norm)
         out = _out(layer.feed_forward_norm, layer.feed_forward(normed))
-    return _add(x, out, final_norm)[1]
+    return _add(x, out, final_norm)
 
 
-def _add(x: Tensor, out: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The residual stream with what waited for it, and its norm."""
+def _add(x: Tensor, out: Tensor | None, norm: nn.Module) -> Tensor:
+    """Add to the residual stream what waited for it; its norm."""
     assert isinstance(norm, RMSNorm), "fuses() is asked first"
-    return (x, norm(x)) if out is None else norm.add(x, out)
+    return norm(x) if out is None else norm.add(x, out)
 
 
 def _out(norms: ResidualNorm, out: Tensor) -> Tensor:

@@ -41,13 +41,11 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-    def add(
-        self, x: Float[Tensor, "tokens size"], added: Float[Tensor, "tokens size"]
-    ) -> tuple[Float[Tensor, "tokens size"], Float[Tensor, "tokens size"]]:
-        """x + added, and the norm of that; by one kernel where there is one."""
+    def add(self, x: Float[Tensor, "tokens size"], added: Float[Tensor, "tokens size"]) -> Float[Tensor, "tokens size"]:
+        """Add to x, in place, and return its norm; by one kernel where there is one."""
         kernel = twin("rms_norm", x)
         if kernel is not None and kernel.supports(x, self.weight):
-            out: tuple[Tensor, Tensor] = kernel.add_rms_norm(x, added, self.weight, self.eps, self.weight_offset)
+            out: Tensor = kernel.add_rms_norm(x, added, self.weight, self.eps, self.weight_offset)
             return out
-        total = x + added
-        return total, self(total)
+        x += added
+        return self(x)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,9 +62,7 @@ def test_shapes_of_models(group, block_size):
 def test_rows_cut_anywhere_are_put_together_again(threads, monkeypatch):
     """One long sequence, and several: the tiles are cut into so many parts, also through single rows."""
     monkeypatch.setattr(kernel, "MIN_TILES_PER_THREAD", 1)
-    monkeypatch.setattr(kernel, "config", SimpleNamespace(NUMBA_NUM_THREADS=threads))
-    monkeypatch.setattr(kernel, "set_num_threads", lambda _: None)  # this machine may have fewer
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernel, "use_torch_threads", lambda: threads)  # this machine may have fewer
     for lengths in ([400], [3, 90, 20], [1, 1, 1]):
         case = make_case([1] * len(lengths), lengths, kv_heads=2, group=3, head_dim=16, block_size=8)
         ours = attend(case)

@@ -43,9 +43,11 @@ def kernels(request):
 def test_residual_sum_and_norm(kernels, shape, weight_offset, dtype):
     torch.manual_seed(0)
     x, added, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
-    total, normed = kernels.call("rms_norm", "add_rms_norm", x, added, weight, 1e-6, weight_offset)
+    before, total = x.clone(), x.to(kernels.device)
+    normed = kernels.call("rms_norm", "add_rms_norm", total, added, weight, 1e-6, weight_offset)
+    total = total.cpu()
     # Triton's interpreter cuts bfloat16's last bits off, where a GPU rounds them.
-    torch.testing.assert_close(total, x + added, atol=0, rtol=0 if dtype is torch.float32 else 2**-7)
+    torch.testing.assert_close(total, before + added, atol=0, rtol=0 if dtype is torch.float32 else 2**-7)
     exact = total.double() / (total.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     exact = exact * (weight.double() + weight_offset)
     tolerance = 1e-5 if dtype is torch.float32 else 2**-7
