@@ -15,7 +15,7 @@ from rich.table import Table
 
 from minillm.errors import ConfigError
 from minillm.transformer.positions import Rotation, apply_rotary
-from minillm.transformer.twins import OPERATIONS, PACKAGES
+from minillm.transformer.twins import PACKAGES
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 576, 1536, 9, 3, 64, 16
 """SmolLM2-135M's shapes."""
@@ -42,7 +42,9 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
     make: dict[str, Any] = {"dtype": dtype, "device": device}
     x, added = torch.randn(tokens, hidden, **make), torch.randn(tokens, hidden, **make)
     weight = torch.ones(hidden, **make)
-    norm, rotary, silu = (importlib.import_module(f"{PACKAGES[device]}.{name}") for name in OPERATIONS)
+    norm, rotary, silu = (
+        importlib.import_module(f"{PACKAGES[device]}.{name}") for name in ("rms_norm", "rotary", "silu_mul")
+    )
     packed = torch.randn(tokens, heads + 2 * kv_heads, head_dim, **make)
     q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
     angles = torch.rand(tokens, head_dim // 2, device=device) * 6

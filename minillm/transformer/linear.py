@@ -15,17 +15,19 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minillm.errors import ConfigError
+from minillm.transformer.twins import twin
 
 GROUP = 32
 """Consecutive weights of a row that share a scale and a zero point in int4."""
 PACKED_FOR = 256
 """Rows of a matrix product that oneDNN is told to expect; one layout serves all numbers of rows well."""
-INT4_ROWS = 16
-"""Rows of a weight that int4 takes are a multiple of this."""
+FEW_ROWS = 16
+"""So many rows of x are multiplied with the rounded weights as they are."""
 QUANTIZATIONS = ("int8", "int4")
 TRIAL_ROWS, TRIALS = (1, 64), 7
 """What `packing_pays` times: rows of the product, how often each."""
@@ -63,8 +65,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         rows = x.reshape(-1, self.in_features)
-        out = torch.ops.aten._weight_int8pack_mm(rows, self.numbers, self.scale)
-        return _with_bias(out, self.bias).view(*x.shape[:-1], -1)
+        kernel = twin("quantized", x) if len(rows) <= FEW_ROWS else None
+        if kernel is None:
+            return F.linear(x, self.dequantized(), self.bias)
+        return _with_bias(kernel.int8_product(rows, self.numbers, self.scale), self.bias).view(*x.shape[:-1], -1)
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The weights that the rounded numbers stand for."""
@@ -72,7 +76,7 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """x · weightᵀ + bias with weights of 4 bits; each group of a row has a scale and a zero point. Has no gradient."""
+    """x · weightᵀ + bias with weights of 4 bits; each group of a row has a scale and a least value. Has no gradient."""
 
     def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
         super().__init__()
@@ -80,16 +84,24 @@ class Int4Linear(nn.Module):
         groups = weight.detach().float().unflatten(1, (-1, GROUP))
         low, high = groups.amin(dim=2), groups.amax(dim=2)
         scale = ((high - low) / 15).clamp(min=1e-8)
-        numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.flatten(1), 1)
-        # The operation computes (number − 8) · scale + zero.
-        self.scale_and_zero = torch.stack([scale, low + 8 * scale], dim=2).transpose(0, 1).contiguous().to(weight.dtype)
+        numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.uint8)
+        first, second = numbers.chunk(2, dim=2)
+        self.pairs = first | (second << 4)
+        self.scale, self.low = scale.to(weight.dtype), low.to(weight.dtype)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         rows = x.reshape(-1, self.in_features)
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scale_and_zero)
+        kernel = twin("quantized", x) if len(rows) <= FEW_ROWS else None
+        if kernel is None:
+            return F.linear(x, self.dequantized(), self.bias)
+        out = kernel.int4_product(rows, self.pairs, self.scale, self.low)
         return _with_bias(out, self.bias).view(*x.shape[:-1], -1)
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
+        """The weights that the rounded numbers stand for."""
+        numbers = torch.cat([self.pairs & 15, self.pairs >> 4], dim=2).to(self.scale.dtype)
+        return (numbers * self.scale[..., None] + self.low[..., None]).flatten(1)
 
 
 def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,10 +150,10 @@ def quantize(model: nn.Module, kind: str) -> None:
     for name, layer in _linears(model):
         if layer.weight.device.type != "cpu":
             raise ConfigError(f"quantization={kind!r} is for a CPU, and the model is on {layer.weight.device}")
-        if kind == "int4" and (layer.in_features % GROUP or layer.out_features % INT4_ROWS):
+        if kind == "int4" and layer.in_features % GROUP:
             raise ConfigError(
-                f"quantization='int4' takes layers of a multiple of {GROUP} inputs and {INT4_ROWS} outputs, and {name} "
-                f"has {layer.in_features} and {layer.out_features}: take 'int8', or another model"
+                f"quantization='int4' takes layers of a multiple of {GROUP} inputs, and {name} has "
+                f"{layer.in_features}: take 'int8', or another model"
             )
     swap_linears(model, Int8Linear if kind == "int8" else Int4Linear)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PACKAGES = {"cpu": "minillm.kernels.cpu", "cuda": "minillm.kernels.gpu"}
-OPERATIONS = ("rms_norm", "rotary", "silu_mul")
+OPERATIONS = {"cpu": ("rms_norm", "rotary", "silu_mul", "quantized"), "cuda": ("rms_norm", "rotary", "silu_mul")}
 """Those for which PyTorch takes several kernels or calls where one does."""
 _warned: set[str] = set()
 
@@ -23,7 +23,7 @@ def twin(operation: str, x: Tensor) -> ModuleType | None:
 
 @cache
 def _load(operation: str, device: str) -> ModuleType | None:
-    if device not in PACKAGES or operation not in OPERATIONS:
+    if operation not in OPERATIONS.get(device, ()):
         return None
     try:
         return importlib.import_module(f"{PACKAGES[device]}.{operation}")

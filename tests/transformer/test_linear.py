@@ -12,6 +12,13 @@ from minillm.transformer import linear
 from minillm.transformer.linear import Int4Linear, Int8Linear, PackedLinear
 
 
+@pytest.fixture(autouse=True, params=["kernels", "PyTorch"])
+def way(request):
+    """With gradients wanted, everything is PyTorch's own; without, few rows go to the kernels."""
+    with torch.set_grad_enabled(request.param == "PyTorch"):
+        yield
+
+
 def weights(out=64, size=96, bias=True):
     torch.manual_seed(0)
     return torch.randn(out, size), torch.randn(out) if bias else None
@@ -41,7 +48,7 @@ def test_int8_is_the_product_with_rounded_weights(shape, bias):
 def test_int4_is_the_product_with_rounded_weights(shape, bias):
     weight, added = weights(bias=bias)
     layer, x = Int4Linear(weight, added), torch.randn(shape)
-    rounded = layer(torch.eye(96)).T if added is None else (layer(torch.eye(96)) - added).T
+    rounded = layer.dequantized()
     groups = weight.unflatten(1, (-1, linear.GROUP))
     step = (groups.amax(dim=2) - groups.amin(dim=2)) / 15
     error = (rounded - weight).abs().unflatten(1, (-1, linear.GROUP)).amax(dim=2)
@@ -70,7 +77,7 @@ def test_every_layer_is_swapped_and_only_those():
 def test_what_cannot_be_quantized_is_said():
     with pytest.raises(ConfigError, match="not one of int8, int4"):
         linear.quantize(nn.Sequential(nn.Linear(32, 32)), "fp8")
-    with pytest.raises(ConfigError, match="and 0 has 24 and 32: take 'int8'"):
+    with pytest.raises(ConfigError, match="and 0 has 24: take 'int8'"):
         linear.quantize(nn.Sequential(nn.Linear(24, 32)), "int4")
     with pytest.raises(ConfigError, match="is for a CPU"):
         linear.quantize(nn.Sequential(nn.Linear(32, 32, device="meta")), "int8")
@@ -93,3 +100,25 @@ def test_packing_is_measured(monkeypatch, pays):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 64))
     assert linear.pack(model) is pays
     assert {type(layer) for layer in model} == {PackedLinear if pays else nn.Linear}
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_quantized_engine_answers_as_its_rounded_weights_do(kind, bits):
+    """Every request's tokens are those of the same model with the dequantised weights in PyTorch's own layers."""
+    from minillm import LLM, SamplingParams
+
+    params, prompts = SamplingParams(temperature=0, max_tokens=16), ["Once upon a time", "Mia had a red kite."]
+    with LLM("tiny", dtype="float32", quantization=kind, device="cpu") as llm:
+        quantized = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        decoder = llm._runner.decoder
+        swapped = [module for module in decoder.modules() if isinstance(module, Int8Linear | Int4Linear)]
+        assert len(swapped) == 4 * decoder.config.num_layers + 1, "each layer's four, and the head"
+        for name, module in list(decoder.named_modules()):
+            if module in swapped:
+                plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                plain.weight, plain.bias = nn.Parameter(module.dequantized(), False), module.bias
+                parent, _, child = name.rpartition(".")
+                setattr(decoder.get_submodule(parent), child, plain)
+        llm.reset_prefix_cache()
+        plain = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    assert quantized == plain
