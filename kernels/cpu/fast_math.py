@@ -27,8 +27,11 @@ CACHE_LINE = 64
 
 def use_torch_threads() -> int:
     """Give Numba as many threads as PyTorch has, whose number may have been set; returns it."""
-    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    wanted = torch.get_num_threads()
+    threads = min(wanted, config.NUMBA_NUM_THREADS)
     set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # Numba starts its threads at the first call and sets the number for both
+        torch.set_num_threads(wanted)
     return threads
 
 

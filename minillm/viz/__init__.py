@@ -42,6 +42,7 @@ from minillm.viz.embeddings import (
     principal_plane,
     readable,
 )
+from minillm.viz.fast import plot_gains, plot_parts, plot_reached, plot_rounding
 from minillm.viz.gpu import (
     GPUS,
     AttentionTile,
@@ -240,6 +241,7 @@ __all__ = [
     "plot_exact_match",
     "plot_explored_programs",
     "plot_flat_batch",
+    "plot_gains",
     "plot_gather",
     "plot_groups",
     "plot_head",
@@ -265,14 +267,17 @@ __all__ = [
     "plot_packing",
     "plot_pairs",
     "plot_parameter_parts",
+    "plot_parts",
     "plot_pieces",
     "plot_position_table",
     "plot_prefix_tree",
     "plot_products",
     "plot_programs",
+    "plot_reached",
     "plot_reservation",
     "plot_roofline",
     "plot_rotary",
+    "plot_rounding",
     "plot_running",
     "plot_sampling",
     "plot_saved_share",

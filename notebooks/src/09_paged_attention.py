@@ -804,11 +804,15 @@ assert kept < 16e6
 #
 # ## 8 · In the engine
 #
-# The engine knows nothing of all this. The paged store of notebook 08 hands every layer's queries to its **backend**, a
-# pair of functions with the signatures of `reference.write_kv` and `reference.paged_attention`:
+# The engine knows nothing of all this. The paged store of notebook 08 hands every layer's keys, values and queries to
+# its **backend**, functions with the signatures of `reference.write_kv` and `reference.paged_attention`. A backend may
+# also split attention in two: what all layers of a step have in common, as where the work is cut, is planned once:
 
 # %%
-show_part(PagedKVCache.attend, "batch, spec", ")")
+show_part(PagedKVCache.attend, "batch =", "return self._attend")
+
+# %%
+show_source(PagedKVCache._attend)
 
 # %% [markdown]
 # `LLM(..., attention_backend=…)` chooses: `"reference"` on any device, `"numba"` on a CPU, `"triton"` on an NVIDIA

@@ -44,6 +44,7 @@ import minillm
 from minillm.cache import reference
 from minillm.engine.cuda_graphs import DecodeGraphs, ladder
 from minillm.kernels.gpu import compiled, paged_attention, silu_mul
+from minillm.transformer.fused import run_layers
 from minillm.viz import (
     GPUS,
     compile_attention,
@@ -818,13 +819,15 @@ around_all = 7 + 6 + 1  # embedding and angles, last norm, head
 assert plain.heard.total() == num_layers * a_layer + around_all
 
 # %% [markdown]
-# A kernel for each of these pieces is *one* launch, which is why the package has them: `rms_norm`, `rotary`,
-# `silu_mul`, `write_kv`, and attention. With these, a layer has twelve launches:
+# A kernel for each of these pieces is *one* launch: a layer would have twelve. The package goes one step further, since
+# a kernel that only writes what the next one reads can be part of it. `add_rms_norm` adds a sublayer's output to the
+# residual stream and normalises the sum; `rotate_and_write` turns queries and keys and puts the keys, and the values,
+# into the cache. Nine are left:
 
 # %%
-layer = ["norm", "qkv", "rotary", "write_kv", "attention", "out", "add"]  # attention's half
-layer += ["norm", "gate_up", "silu_mul", "down", "add"]  # the feed-forward half
-around = ["embedding", "positions to float", "angles", "cos", "sin", "scale cos", "scale sin", "norm", "head"]
+layer = ["sum and norm", "qkv", "rotary and write", "attention", "out"]  # attention's half
+layer += ["sum and norm", "gate_up", "silu_mul", "down"]  # the feed-forward half
+around = ["embedding", "positions to float", "angles", "cos", "sin", "scale cos", "scale sin", "sum and norm", "head"]
 
 
 def launches(num_layers):
@@ -835,10 +838,16 @@ def launches(num_layers):
 # %%
 total = layer * num_layers + around
 assert plain.heard["mm"] == sum(name in ("qkv", "out", "gate_up", "down", "head") for name in total)
-assert plain.heard["rsqrt"] == total.count("norm")
+assert plain.heard["rsqrt"] == total.count("sum and norm")
 assert plain.heard["silu"] == total.count("silu_mul")
-assert launches(num_layers) == len(total) < plain.heard.total() / 2
+assert launches(num_layers) == len(total) < plain.heard.total() / 3
 print(f"tiny: {launches(num_layers)} launches, with attention and the writing")
+
+# %% [markdown]
+# This walk through the layers, with each sum left to the norm that follows it, is a file of its own:
+
+# %%
+show_source(run_layers)
 
 # %% [markdown]
 # (Split attention has one more, the merging. Some families have more norms.) Is that much? Suppose that a launch costs
@@ -894,7 +903,7 @@ show_source(DecodeGraphs._record)
 
 # %% [markdown]
 # The step runs once before, so that everything is compiled. Inside `torch.cuda.graph` nothing is computed: the launches
-# are written down instead. And this is the replay. The result is where it always is, in the recording's own tensor:
+# are written down instead. And this is the replay. The result is always in the same tensor:
 
 # %%
 show_source(DecodeGraphs.replay)

@@ -979,4 +979,4 @@ if samples_needed is not None:
 # </details>
 #
 # ---
-# **Next:** `13_making_it_fast` (to come): where the time of a step goes, and how to get it back.
+# **Next:** `13_making_it_fast`: where the time of a step goes, and how to get it back.
