@@ -71,6 +71,11 @@ def _int4(parts, pairs, scale, low, x, sums, out):
         _some_int4(pairs, scale, low, x, sums, out, rows * part // parts, rows * (part + 1) // parts)
 
 
+def supports(x: Float[Tensor, "rows in"]) -> bool:
+    """Whether the products take x, and scales of its dtype: float32 or bfloat16."""
+    return x.dtype in (torch.float32, torch.bfloat16)
+
+
 def _parts(weights: int) -> int:
     return max(1, min(use_torch_threads(), weights // WEIGHTS_PER_THREAD))
 
@@ -92,7 +97,7 @@ def int4_product(
 ) -> Float[Tensor, "rows out"]:
     """x · (numbers · scale + low)ᵀ, computed in float32; `pairs` hold two numbers each. Has no gradient."""
     out = torch.empty(len(x), len(pairs))
-    grouped = x.float().view(len(x), pairs.shape[1], -1).contiguous()
+    grouped = x.float().reshape(len(x), pairs.shape[1], 2 * pairs.shape[2]).contiguous()
     sums = grouped.sum(dim=2)
     arrays = (pairs.numpy(), bits(scale), bits(low), grouped.numpy(), sums.numpy(), out.numpy())
     _int4(_parts(2 * pairs.numel()), *arrays)

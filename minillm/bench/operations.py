@@ -40,7 +40,7 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
         sizes = (GPU_HIDDEN, GPU_INTERMEDIATE, GPU_HEADS, GPU_KV_HEADS, GPU_HEAD_DIM)
     hidden, intermediate, heads, kv_heads, head_dim = sizes
     make: dict[str, Any] = {"dtype": dtype, "device": device}
-    x, added = torch.randn(tokens, hidden, **make), torch.randn(tokens, hidden, **make)
+    x, added = torch.randn(tokens, hidden, **make), torch.zeros(tokens, hidden, **make)
     weight = torch.ones(hidden, **make)
     norm, rotary, silu = (
         importlib.import_module(f"{PACKAGES[device]}.{name}") for name in ("rms_norm", "rotary", "silu_mul")
@@ -54,8 +54,8 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
     gate_up = torch.randn(tokens, 2 * intermediate, **make)
 
     def add_norm() -> object:
-        total = x + added
-        return total, F.rms_norm(total, weight.shape, weight, 1e-5)
+        x.add_(added)
+        return F.rms_norm(x, weight.shape, weight, 1e-5)
 
     def rotate_write() -> object:
         block, place = slots // BLOCK_SIZE, slots % BLOCK_SIZE

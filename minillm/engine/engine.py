@@ -283,7 +283,7 @@ class Engine:
             rows += [row] * len(together)
         if not writers:
             return []
-        asked = logits.next if len(rows) == len(logits.next) else logits.next[rows]
+        asked = logits.next if rows == list(range(len(logits.next))) else logits.next[rows]
         for request, choice in zip(writers, self.sampler.sample(asked, writers), strict=True):
             self._take_token(request, choice, now)
         return [self._answers[request_id] for request_id in dict.fromkeys(request.request_id for request in writers)]

@@ -30,8 +30,9 @@ from minillm.transformer.sampling import draw, transform
 
 DEFAULT_CPU_KV_BYTES = 2**30
 """Memory for keys and values on a CPU, where nothing else is said."""
-WARM_UP_TOKENS = {"cpu": (1, 8), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
-"""Lengths of prompts to compile for: on CUDA, tiles grow with the longest prompt of a step, up to 128 rows."""
+WARM_UP_TOKENS = {"cpu": (1, 8, 32), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
+"""Lengths of prompts to compile for: a CPU's kernels divide many rows among threads; on CUDA, tiles grow with the
+longest prompt of a step, up to 128 rows."""
 NOTE_AFTER_SECONDS = 1.5
 
 
@@ -117,7 +118,9 @@ class ModelRunner:
             )
             for part in step.scheduled
         ]
-        are_decodes = all(part.count == 1 and not part.wants_prompt_logprobs for part in step.scheduled)
+        are_decodes = all(
+            part.count == 1 and part.samples and not part.wants_prompt_logprobs for part in step.scheduled
+        )
         if self._graphs is not None and are_decodes and (size := self._graphs.size_for(len(chunks))):
             return StepLogits(self._replay(self._graphs, chunks, size), {})
         hidden = self.hidden(chunks)
@@ -194,6 +197,13 @@ class ModelRunner:
         limit = min(self.sizes.max_model_len, self.sizes.max_num_batched_tokens, block_tokens)
         for tokens in sorted({min(tokens, limit) for tokens in WARM_UP_TOKENS.get(self.device.type, (1,))}):
             self.warm_up(tokens)
+        self._warm_up_decode()
+
+    @torch.inference_mode()
+    def _warm_up_decode(self) -> None:
+        """A decode step with block tables as wide as can be, which CUDA's kernel divides among programs."""
+        self.kv.begin(self.empty_decode_batch(1))
+        self.decoder.hidden(self.tokens[:1], self.positions[:1], self.kv)
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:

@@ -6,6 +6,8 @@ a GPU) or a call (on a CPU), and for few tokens that is more than its arithmetic
 
 - residual sum and norm: a sublayer's output waits until the next sublayer's norm adds it;
 - rotary positions and the key/value write, by a store that does both (`FusedStore`).
+
+Blocks are not called here, only their parts: a hook on a block hears nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def fuses(layers: Iterable[TransformerBlock], final_norm: nn.Module | None) -> b
     """Whether `run_layers` knows how these layers go: RMSNorm before each sublayer (and perhaps behind it)."""
     norms = (norm for layer in layers for norm in (layer.attention_norm, layer.feed_forward_norm))
     return isinstance(final_norm, RMSNorm) and all(
-        norm.placement != "post" and isinstance(norm.norm, RMSNorm) for norm in norms
+        norm.placement != "post" and norm.dropout is None and isinstance(norm.norm, RMSNorm) for norm in norms
     )
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +67,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         rows = x.reshape(-1, self.in_features)
-        kernel = twin("quantized", x) if len(rows) <= FEW_ROWS else None
+        kernel = _kernel(rows)
         if kernel is None:
             return F.linear(x, self.dequantized(), self.bias)
-        return _with_bias(kernel.int8_product(rows, self.numbers, self.scale), self.bias).view(*x.shape[:-1], -1)
+        return _with_bias(kernel.int8_product(rows, self.numbers, self.scale), self.bias).view(
+            *x.shape[:-1], self.out_features
+        )
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The weights that the rounded numbers stand for."""
@@ -92,16 +96,22 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         rows = x.reshape(-1, self.in_features)
-        kernel = twin("quantized", x) if len(rows) <= FEW_ROWS else None
+        kernel = _kernel(rows)
         if kernel is None:
             return F.linear(x, self.dequantized(), self.bias)
         out = kernel.int4_product(rows, self.pairs, self.scale, self.low)
-        return _with_bias(out, self.bias).view(*x.shape[:-1], -1)
+        return _with_bias(out, self.bias).view(*x.shape[:-1], self.out_features)
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The weights that the rounded numbers stand for."""
         numbers = torch.cat([self.pairs & 15, self.pairs >> 4], dim=2).to(self.scale.dtype)
         return (numbers * self.scale[..., None] + self.low[..., None]).flatten(1)
+
+
+def _kernel(rows: Float[Tensor, "rows in"]) -> ModuleType | None:
+    """What multiplies rounded weights as they are; None where floating-point ones are to be made of them first."""
+    kernel = twin("quantized", rows) if len(rows) <= FEW_ROWS else None
+    return kernel if kernel is not None and kernel.supports(rows) else None
 
 
 def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,11 +120,15 @@ def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
 
 def pack(model: nn.Module) -> bool:
     """Give every linear layer oneDNN's layout, in place, if this CPU's matrix products are faster for it."""
-    widest = max((layer for _, layer in _linears(model)), key=lambda layer: layer.weight.numel())
-    if not packing_pays(widest):
+    if not packing_pays(_for_trial(model)):
         return False
     swap_linears(model, PackedLinear)
     return True
+
+
+def _for_trial(model: nn.Module) -> nn.Linear:
+    """The largest layer but one: the largest is the head, which takes long to try."""
+    return sorted((layer for _, layer in _linears(model)), key=lambda layer: layer.weight.numel())[-2:][0]
 
 
 def packing_pays(layer: nn.Linear) -> bool:
@@ -160,8 +174,9 @@ def quantize(model: nn.Module, kind: str) -> None:
 
 def swap_linears(model: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     """Put what `make` makes of weight and bias in the place of every linear layer."""
-    for name, layer in _linears(model):
+    for name in [name for name, _ in _linears(model)]:  # names alone: each old layer's memory is given back at once
         parent, _, child = name.rpartition(".")
+        layer = cast(nn.Linear, model.get_submodule(name))
         setattr(model.get_submodule(parent), child, make(layer.weight, layer.bias))
 
 

@@ -811,6 +811,13 @@ assert kept < 16e6
 # %%
 show_part(PagedKVCache.attend, "batch =", "return self._attend")
 
+# %% [markdown]
+# Where the backend can turn the keys while it writes them (notebook 10 says why), and the model's norms allow it, the
+# engine calls this instead, and attention is the same:
+
+# %%
+show_part(PagedKVCache.rotate_and_attend, "q = operation(", "return self._attend")
+
 # %%
 show_source(PagedKVCache._attend)
 

@@ -33,7 +33,7 @@ def test_packed_is_the_same_product(shape, bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 96), (5, 96), (300, 96), (2, 3, 96)])
+@pytest.mark.parametrize("shape", [(0, 96), (1, 96), (5, 96), (300, 96), (2, 3, 96)])
 def test_int8_is_the_product_with_rounded_weights(shape, bias):
     weight, added = weights(bias=bias)
     layer, x = Int8Linear(weight, added), torch.randn(shape)
@@ -44,7 +44,7 @@ def test_int8_is_the_product_with_rounded_weights(shape, bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 96), (5, 96), (300, 96), (2, 3, 96)])
+@pytest.mark.parametrize("shape", [(0, 96), (1, 96), (5, 96), (300, 96), (2, 3, 96)])
 def test_int4_is_the_product_with_rounded_weights(shape, bias):
     weight, added = weights(bias=bias)
     layer, x = Int4Linear(weight, added), torch.randn(shape)
