@@ -46,6 +46,7 @@ def test_an_engine_behind_the_protocol(name, tmp_path):
 
 
 def test_compare(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "RETRIES_IN_ALL", 1)
     small = Workload("W1", "small", [Ask([5, 17, 3], 4)])
     several = Workload("W2", "several", [Ask([5, 17, 3], 4), Ask([9], 3)])
     monkeypatch.setattr(compare, "workload", lambda name, vocab_size: {"W1": small, "W2": several}[name])
@@ -68,7 +69,8 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert "100%" in said.out
     assert "failed" in said.out
     assert "vllm failed in float32: ModuleNotFoundError: No module named 'vllm'" in said.out
-    assert said.out.rstrip().splitlines()[-1].startswith(("what other", "the machine", "0 runs"))
+    told = " ".join(said.out.split())  # how quiet the machine was is not for a test to know
+    assert "runs were discarded because" in told or "what other processes did meanwhile" in told
     found = json.loads((tmp_path / "out.json").read_text())
     kept = {(one["engine"], one["workload"]): one for one in found["results"]}
     assert len(kept) == 6
