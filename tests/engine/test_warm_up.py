@@ -23,7 +23,8 @@ def compiled():
         for name, module in modules.items() for key, value in vars(module).items() if isinstance(value, Dispatcher)
     }
 
-with LLM("tiny", dtype="DTYPE", quantization=QUANTIZATION, max_num_batched_tokens=64, max_num_seqs=16, device="cpu") as llm:
+sizes = {"max_num_batched_tokens": 64, "max_num_seqs": 16}
+with LLM("tiny", dtype="DTYPE", quantization=QUANTIZATION, device="cpu", **sizes) as llm:
     before = compiled()
     prompts = [[5] * length for length in (1, 7, 16, 33, 150)]
     llm.generate(prompts, SamplingParams(temperature=0.8, top_p=0.9, seed=0, max_tokens=6), use_tqdm=False)
