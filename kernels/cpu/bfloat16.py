@@ -14,6 +14,9 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""What `read` and `write`, and so the kernels, take."""
+
 
 def bits(tensor: Tensor) -> Any:
     """The tensor's memory as an array: float32 as it is, 16-bit numbers as integers."""

@@ -41,7 +41,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from minillm.cache import reference
-from minillm.kernels.cpu.bfloat16 import bits, read, write
+from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
 from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, prefetch, use_torch_threads
 
 FAR = np.iinfo(np.int64).max // 2
@@ -312,7 +312,7 @@ def attend(
 
 def supports(q: Tensor, k_cache: Tensor) -> bool:
     """Whether the kernel takes these: on the CPU, all float32 or all bfloat16."""
-    return q.device.type == "cpu" and q.dtype is k_cache.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    return q.device.type == "cpu" and q.dtype is k_cache.dtype and q.dtype in DTYPES
 
 
 def paged_attention(

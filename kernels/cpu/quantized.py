@@ -23,7 +23,7 @@ from jaxtyping import Float, Int8, UInt8
 from numba import njit, prange
 from torch import Tensor
 
-from minillm.kernels.cpu.bfloat16 import bits, read
+from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read
 from minillm.kernels.cpu.fast_math import FASTMATH, ONLY_PRANGE, use_torch_threads
 
 WEIGHTS_PER_THREAD = 2**16
@@ -73,7 +73,7 @@ def _int4(parts, pairs, scale, low, x, sums, out):
 
 def supports(x: Float[Tensor, "rows in"]) -> bool:
     """Whether the products take x, and scales of its dtype: float32 or bfloat16."""
-    return x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype in DTYPES
 
 
 def _parts(weights: int) -> int:

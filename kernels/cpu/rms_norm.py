@@ -20,7 +20,7 @@ from jaxtyping import Float
 from numba import njit
 from torch import Tensor
 
-from minillm.kernels.cpu.bfloat16 import bits, read, write
+from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
 from minillm.kernels.cpu.fast_math import FASTMATH
 
 
@@ -53,12 +53,7 @@ def _add_rms_norm(x, added, weight, out, eps, weight_offset):
 
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `rms_norm` takes these tensors: on the CPU, contiguous, both float32 or both bfloat16."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype is weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.is_contiguous()
-    )
+    return x.device.type == "cpu" and x.dtype is weight.dtype and x.dtype in DTYPES and x.is_contiguous()
 
 
 def rms_norm(

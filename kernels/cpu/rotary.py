@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from numba import njit
 from torch import Tensor
 
-from minillm.kernels.cpu.bfloat16 import bits, read, write
+from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
 from minillm.kernels.cpu.fast_math import FASTMATH
 
 
@@ -60,7 +60,7 @@ def _rotate_and_write(q, k, v, cos, sin, interleaved, q_out, k_cache, v_cache, s
 
 def supports(q: Tensor, k: Tensor) -> bool:
     """Whether `rotate` takes these: flat batches, all float32 or all bfloat16."""
-    return q.ndim == 3 and q.dtype is k.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    return q.ndim == 3 and q.dtype is k.dtype and q.dtype in DTYPES
 
 
 def rotate(

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numba import njit, prange
 from torch import Tensor
 
-from minillm.kernels.cpu.bfloat16 import bits, read, write
+from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
 from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, use_torch_threads
 
 MANY_ROWS = 32
@@ -48,7 +48,7 @@ def _many(gate_up, out):
 
 def supports(gate_up: Tensor) -> bool:
     """Whether `silu_mul` takes this: contiguous float32 or bfloat16."""
-    return gate_up.dtype in (torch.float32, torch.bfloat16) and gate_up.is_contiguous()
+    return gate_up.dtype in DTYPES and gate_up.is_contiguous()
 
 
 def silu_mul(gate_up: Float[Tensor, "*batch two_sizes"]) -> Float[Tensor, "*batch size"]:

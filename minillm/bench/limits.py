@@ -6,7 +6,6 @@ read bandwidth, nor than its arithmetic over the matrix rate (Williams et al. 20
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from minillm.bench.timing import seconds_in_turn
 from minillm.bench.workloads import Workload
 from minillm.models.gguf import gguf_config
 from minillm.models.loader import num_parameters, read_config, translate
 from minillm.transformer.decoder import Decoder, DecoderConfig
+from minillm.transformer.linear import packed_linear
 
 READ_BYTES = 2**29
 """Many times what a last-level cache holds."""
@@ -56,27 +57,15 @@ def _products(dtype: torch.dtype) -> list[Callable[[], object]]:
     """Ways to multiply two square matrices."""
     x, w = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE).to(dtype)
     ways: list[Callable[[], object]] = [lambda: F.linear(x, w)]
-    if _packs(dtype):
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, 256)
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+    packed = packed_linear(w)
+    if packed is not None:
+        ways.append(lambda: packed(x))
     return ways
-
-
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch and this CPU multiply by packed weights of the dtype; these operations are private."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _seconds(work: Callable[[], object]) -> float:
     """Median over a few runs after one that warms up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+    return seconds_in_turn([work], REPEATS, warm_ups=1)[0]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from minillm.bench.timing import graph_seconds, seconds_in_turn
 from minillm.errors import ConfigError
 from minillm.transformer.positions import Rotation, apply_rotary
 from minillm.transformer.twins import PACKAGES
@@ -22,7 +21,7 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 576, 1536, 9, 3, 6
 GPU_HIDDEN, GPU_INTERMEDIATE, GPU_HEADS, GPU_KV_HEADS, GPU_HEAD_DIM = 2048, 8192, 32, 8, 64
 """Llama-3.2-1B's."""
 TOKENS = (1, 64, 1024)
-ROUNDS = 200
+ROUNDS, WARM_UPS = 180, 20
 
 
 class Operation(NamedTuple):
@@ -87,17 +86,6 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
     ]
 
 
-def seconds_in_turn(works: list[Callable[[], object]]) -> list[float]:
-    """Median of each on the CPU."""
-    times: list[list[float]] = [[] for _ in works]
-    for _ in range(ROUNDS):
-        for work, found in zip(works, times, strict=True):
-            start = time.perf_counter()
-            work()
-            found.append(time.perf_counter() - start)
-    return [median(found[ROUNDS // 10 :]) for found in times]
-
-
 @torch.inference_mode()
 def main(device: str) -> None:
     """Measure, and print a table last.
@@ -117,11 +105,9 @@ def main(device: str) -> None:
         for tokens in TOKENS:
             for operation in operations(tokens, dtype, device):
                 if device == "cuda":
-                    from minillm.bench.timing import graph_seconds
-
                     ours, theirs = (graph_seconds([work] * 20) for work in operation[1:])
                 else:
-                    ours, theirs = seconds_in_turn(list(operation[1:]))
+                    ours, theirs = seconds_in_turn(operation[1:], ROUNDS, warm_ups=WARM_UPS)
                 table.add_row(
                     operation.name,
                     str(dtype).removeprefix("torch."),

@@ -1,11 +1,23 @@
-"""Time on a GPU, and what its memory can do at best."""
+"""Time on a CPU and on a GPU, and what a GPU's memory can do at best."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
+
+
+def seconds_in_turn(works: Sequence[Callable[[], object]], rounds: int, *, warm_ups: int) -> list[float]:
+    """Median seconds of each on the CPU, one after the other in every round; the first rounds do not count."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(warm_ups + rounds):
+        for work, found in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
+    return [median(found[warm_ups:]) for found in times]
 
 
 def graph_seconds(works: Sequence[Callable[[], object]], repeats: int = 7) -> float:

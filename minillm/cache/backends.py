@@ -71,5 +71,5 @@ def _load(name: str) -> AttentionBackend:
     attention = importlib.import_module(f"{package}.paged_attention")
     write = importlib.import_module(f"{package}.write_kv")
     rotary = importlib.import_module(f"{package}.rotary")
-    backend = AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write)
-    return backend._replace(plan=attention.plan, attend=attention.attend) if name == "numba" else backend
+    in_two_parts = (getattr(attention, "plan", None), getattr(attention, "attend", None))
+    return AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write, *in_two_parts)

@@ -48,9 +48,7 @@ class DecodeGraphs:
         batch = runner.empty_decode_batch(size)
 
         def step() -> None:
-            runner.kv.begin(batch)
-            hidden = runner.decoder.hidden(runner.tokens[:size], runner.positions[:size], runner.kv)
-            self.logits[:size] = runner.decoder.logits(hidden)
+            self.logits[:size] = runner.decoder.logits(runner.run(batch))
 
         stream.wait_stream(torch.cuda.current_stream(runner.device))
         with torch.cuda.stream(stream):

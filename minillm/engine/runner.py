@@ -157,7 +157,10 @@ class ModelRunner:
     @torch.inference_mode()
     def hidden(self, chunks: Sequence[Chunk]) -> Float[Tensor, "tokens hidden"]:
         """The last layer's output for every token of a step."""
-        batch = self._fill_inputs(chunks)
+        return self.run(self._fill_inputs(chunks))
+
+    def run(self, batch: PagedBatch) -> Float[Tensor, "tokens hidden"]:
+        """The last layer's output for a batch whose tokens and positions are in the input tensors."""
         self.kv.begin(batch)
         count = len(batch.slot_mapping)
         return self.decoder.hidden(self.tokens[:count], self.positions[:count], self.kv)
@@ -202,8 +205,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _warm_up_decode(self) -> None:
         """A decode step with block tables as wide as can be, which CUDA's kernel divides among programs."""
-        self.kv.begin(self.empty_decode_batch(1))
-        self.decoder.hidden(self.tokens[:1], self.positions[:1], self.kv)
+        self.run(self.empty_decode_batch(1))
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:

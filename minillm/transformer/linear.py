@@ -25,7 +25,7 @@ from minillm.errors import ConfigError
 from minillm.transformer.twins import twin
 
 GROUP = 32
-"""Consecutive weights of a row that share a scale and a zero point in int4."""
+"""Consecutive weights of a row that share a scale and a least value in int4."""
 PACKED_FOR = 256
 """Rows of a matrix product that oneDNN is told to expect; one layout serves all numbers of rows well."""
 FEW_ROWS = 16
@@ -53,38 +53,64 @@ class PackedLinear(nn.Module):
         return out
 
 
-class Int8Linear(nn.Module):
-    """x · weightᵀ + bias with weights of 8 bits and one scale for each row of the weight. Has no gradient."""
+def packed_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> PackedLinear | None:
+    """A `PackedLinear` that works here; None where this PyTorch, or this CPU, does not have its operations."""
+    try:
+        layer = PackedLinear(weight, bias)
+        layer(torch.zeros(1, layer.in_features, dtype=weight.dtype))
+    except (RuntimeError, AttributeError):
+        return None
+    return layer
 
-    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
+
+class RoundedLinear(nn.Module):
+    """x · weightᵀ + bias with weights in few bits, for `Int8Linear` and `Int4Linear` to say how. Has no gradient."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        wide = weight.detach().float()
-        scale = wide.abs().amax(dim=1).clamp(min=1e-8) / 127
-        self.numbers = (wide / scale[:, None]).round().to(torch.int8)
-        self.scale = scale.to(weight.dtype)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         rows = x.reshape(-1, self.in_features)
-        kernel = _kernel(rows)
-        if kernel is None:
+        kernel = twin("quantized", rows) if len(rows) <= FEW_ROWS else None
+        if kernel is None or not kernel.supports(rows):
             return F.linear(x, self.dequantized(), self.bias)
-        return _with_bias(kernel.int8_product(rows, self.numbers, self.scale), self.bias).view(
-            *x.shape[:-1], self.out_features
-        )
+        out = self.product(kernel, rows)
+        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], self.out_features)
+
+    def product(self, kernel: ModuleType, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """rows · weightᵀ with the numbers as they are stored, by `minillm.kernels.cpu.quantized`."""
+        raise NotImplementedError
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The weights that the rounded numbers stand for."""
+        raise NotImplementedError
+
+
+class Int8Linear(RoundedLinear):
+    """x · weightᵀ + bias with weights of 8 bits and one scale for each row of the weight. Has no gradient."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
+        super().__init__(weight, bias)
+        wide = weight.detach().float()
+        scale = wide.abs().amax(dim=1).clamp(min=1e-8) / 127
+        self.numbers = (wide / scale[:, None]).round().to(torch.int8)
+        self.scale = scale.to(weight.dtype)
+
+    def product(self, kernel: ModuleType, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        out: Tensor = kernel.int8_product(rows, self.numbers, self.scale)
+        return out
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
         return self.numbers.to(self.scale.dtype) * self.scale[:, None]
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(RoundedLinear):
     """x · weightᵀ + bias with weights of 4 bits; each group of a row has a scale and a least value. Has no gradient."""
 
     def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight, bias)
         groups = weight.detach().float().unflatten(1, (-1, GROUP))
         low, high = groups.amin(dim=2), groups.amax(dim=2)
         scale = ((high - low) / 15).clamp(min=1e-8)
@@ -92,30 +118,14 @@ class Int4Linear(nn.Module):
         first, second = numbers.chunk(2, dim=2)
         self.pairs = first | (second << 4)
         self.scale, self.low = scale.to(weight.dtype), low.to(weight.dtype)
-        self.bias = None if bias is None else bias.detach()
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        rows = x.reshape(-1, self.in_features)
-        kernel = _kernel(rows)
-        if kernel is None:
-            return F.linear(x, self.dequantized(), self.bias)
-        out = kernel.int4_product(rows, self.pairs, self.scale, self.low)
-        return _with_bias(out, self.bias).view(*x.shape[:-1], self.out_features)
+    def product(self, kernel: ModuleType, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        out: Tensor = kernel.int4_product(rows, self.pairs, self.scale, self.low)
+        return out
 
     def dequantized(self) -> Float[Tensor, "out in"]:
-        """The weights that the rounded numbers stand for."""
         numbers = torch.cat([self.pairs & 15, self.pairs >> 4], dim=2).to(self.scale.dtype)
         return (numbers * self.scale[..., None] + self.low[..., None]).flatten(1)
-
-
-def _kernel(rows: Float[Tensor, "rows in"]) -> ModuleType | None:
-    """What multiplies rounded weights as they are; None where floating-point ones are to be made of them first."""
-    kernel = twin("quantized", rows) if len(rows) <= FEW_ROWS else None
-    return kernel if kernel is not None and kernel.supports(rows) else None
-
-
-def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
-    return out if bias is None else out + bias
 
 
 def pack(model: nn.Module) -> bool:
@@ -133,16 +143,15 @@ def _for_trial(model: nn.Module) -> nn.Linear:
 
 def packing_pays(layer: nn.Linear) -> bool:
     """Whether `PackedLinear` can do this layer's product here, and faster: for one row and many, best times summed."""
-    try:
-        packed = PackedLinear(layer.weight, layer.bias)
-        plain_seconds, packed_seconds = 0.0, 0.0
-        for rows in TRIAL_ROWS:
-            x = torch.randn(rows, layer.in_features).to(layer.weight.dtype)
-            times = [(_seconds(layer, x), _seconds(packed, x)) for _ in range(TRIALS)]
-            plain_seconds += min(plain for plain, _ in times)
-            packed_seconds += min(packed for _, packed in times)
-    except (RuntimeError, AttributeError):  # operations that this PyTorch, or this CPU, does not have
+    packed = packed_linear(layer.weight, layer.bias)
+    if packed is None:
         return False
+    plain_seconds, packed_seconds = 0.0, 0.0
+    for rows in TRIAL_ROWS:
+        x = torch.randn(rows, layer.in_features).to(layer.weight.dtype)
+        times = [(_seconds(layer, x), _seconds(packed, x)) for _ in range(TRIALS)]
+        plain_seconds += min(plain for plain, _ in times)
+        packed_seconds += min(packed for _, packed in times)
     return packed_seconds < plain_seconds
 
 

@@ -372,7 +372,7 @@ show_source(PackedLinear)
 
 # %% [markdown]
 # Is that faster? It depends on the processor, and on what PyTorch uses for its own `F.linear` there. So the engine
-# does not believe, it tries, on the widest layer, when it starts:
+# does not believe, it tries, on a large layer, when it starts:
 
 # %%
 show_source(linear.packing_pays)
@@ -433,8 +433,8 @@ assert torch.equal(Int8Linear(weight).dequantized(), eight_bits(weight))
 print("equal to Int8Linear")
 
 # %% [markdown]
-# The layer keeps the whole numbers and the scales and never makes the wide weights again. It multiplies with what it
-# has:
+# The layer keeps the whole numbers and the scales. Few rows are multiplied with these as they are (`product`, by a
+# kernel); for many it makes the wide weights again, once for all of them:
 
 # %%
 show_source(Int8Linear.forward)
