@@ -2,11 +2,16 @@
 #   PYTHON=python3.12       another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    PyTorch without CUDA: 200 MB instead of gigabytes on Linux
 #   VLLM=…/bin/python LLAMA_CPP=…/bin/python            environments of peers, for bench-cpu
+#   JOBS=8                  so many processes for the tests (each takes up to 4 GB)
 PYTHON ?= python3
+JOBS ?= 2
 TORCH_INDEX ?=
 export TORCH_INDEX
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# Two processes with a thread each: tiny models have nothing to share among threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: demo test lab notebooks lint types bench-kernels bench-cpu bench-gpu clean
 
@@ -15,8 +20,8 @@ demo: .venv/notebooks
 
 test: .venv/test
 	$(BIN)/minillm pull smollm2-135m
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -o addopts= --nbval --nbval-current-env notebooks
+	$(PYTEST) --dist loadscope
+	$(PYTEST) -o addopts= --dist loadfile --nbval --nbval-current-env notebooks
 
 lab: .venv/notebooks
 	$(BIN)/jupyter lab notebooks

@@ -111,7 +111,7 @@ def _finish(out, token, total, mean):
             target[d] = write(target[d], mean[head, d] * share)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
 def _attend_part(
     part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means
 ):
@@ -169,7 +169,7 @@ def _attend_part(
             token += 1
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
 def _merge(out, tokens, stats, means):
     """Put the partial results of each token together; those of one token follow each other."""
     token = -1

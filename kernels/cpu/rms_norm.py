@@ -52,17 +52,20 @@ def _add_rms_norm(x, added, weight, out, eps, weight_offset):
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether `rms_norm` takes these tensors: on the CPU, contiguous, both float32 or both bfloat16."""
-    return x.device.type == "cpu" and x.dtype is weight.dtype and x.dtype in DTYPES and x.is_contiguous()
+    """Whether `rms_norm` takes these tensors: on the CPU, both float32 or both bfloat16."""
+    return x.device.type == "cpu" and x.dtype is weight.dtype and x.dtype in DTYPES
 
 
 def rms_norm(
     x: Float[Tensor, "*batch size"], weight: Float[Tensor, "size"], eps: float, weight_offset: float = 0.0
 ) -> Float[Tensor, "*batch size"]:
-    """x normalised and times (weight + weight_offset), computed in float32. Has no gradient."""
-    out = torch.empty_like(x)
+    """x normalised and times (weight + weight_offset), computed in float32. Has no gradient.
+
+    Rows that lie apart (the queries of a packed projection) are put together first, which rotating them would do next.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype)
     rows = (-1, x.shape[-1])
-    _rms_norm(bits(x).reshape(rows), bits(weight), bits(out).reshape(rows), eps, weight_offset)
+    _rms_norm(bits(x.contiguous()).reshape(rows), bits(weight), bits(out).reshape(rows), eps, weight_offset)
     return out
 
 
@@ -73,7 +76,7 @@ def add_rms_norm(
     eps: float,
     weight_offset: float = 0.0,
 ) -> Float[Tensor, "tokens size"]:
-    """Add to x, in place, and return its `rms_norm`, in one call."""
+    """Add to x, which is contiguous, in place, and return its `rms_norm`, in one call."""
     out = torch.empty_like(x)
     _add_rms_norm(bits(x), bits(added.contiguous()), bits(weight), bits(out), eps, weight_offset)
     return out

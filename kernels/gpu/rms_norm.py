@@ -23,16 +23,28 @@ LARGEST = 16_384
 
 @triton.jit
 def _rms_norm(
-    x, added, weight, out, eps, weight_offset, x_row, ADD: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr
+    x,
+    added,
+    weight,
+    out,
+    eps,
+    weight_offset,
+    x_group,
+    x_row,
+    group,
+    ADD: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    x += row // group * x_group + row % group * x_row
     number = tl.arange(0, PADDED)
     kept = number < SIZE
-    values = tl.load(x + row * x_row + number, mask=kept, other=0.0).to(tl.float32)
+    values = tl.load(x + number, mask=kept, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(added + row * SIZE + number, mask=kept, other=0.0).to(tl.float32)
         rounded = values.to(out.dtype.element_ty)
-        tl.store(x + row * x_row + number, rounded, mask=kept)
+        tl.store(x + number, rounded, mask=kept)
         values = rounded.to(tl.float32)  # what a later reader of the sum sees
     scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / SIZE + eps)
     scaled = values * scale * (tl.load(weight + number, mask=kept, other=0.0).to(tl.float32) + weight_offset)
@@ -40,14 +52,19 @@ def _rms_norm(
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether `rms_norm` takes these tensors: rows that are contiguous and not too long."""
-    return x.dtype is weight.dtype and x.stride(-1) == 1 and x.shape[-1] <= LARGEST and _rows(x) is not None
+    """Whether `rms_norm` takes these tensors: rows that are contiguous, not too long, and evenly apart."""
+    return x.dtype is weight.dtype and x.stride(-1) == 1 and x.shape[-1] <= LARGEST and _layout(x) is not None
 
 
-def _rows(x: Tensor) -> Tensor | None:
-    """x as a matrix without a copy, or None."""
+def _layout(x: Tensor) -> tuple[int, int, int] | None:
+    """Numbers from group to group of rows, from row to row, and rows of a group; None where x has no such order.
+
+    A matrix is groups of one row; queries ``[tokens, heads, head_dim]`` of a packed projection are groups of heads.
+    """
+    if x.ndim == 3 and not x.is_contiguous():
+        return x.stride(0), x.stride(1), x.shape[1]
     try:
-        return x.view(-1, x.shape[-1])
+        return x.view(-1, x.shape[-1]).stride(0), 0, 1
     except RuntimeError:
         return None
 
@@ -77,11 +94,11 @@ def add_rms_norm(
 def _launch(
     x: Tensor, added: Tensor, weight: Tensor, out: Tensor, eps: float, weight_offset: float, *, add: bool
 ) -> None:
-    rows = _rows(x)
-    assert rows is not None, "supports() is asked first"
+    layout = _layout(x)
+    assert layout is not None, "supports() is asked first"
     size = x.shape[-1]
     padded = triton.next_power_of_2(size)
-    _rms_norm[(len(rows),)](
-        rows, added, weight, out, eps, weight_offset, rows.stride(0), ADD=add, SIZE=size, PADDED=padded,
+    _rms_norm[(x.numel() // size,)](
+        x, added, weight, out, eps, weight_offset, *layout, ADD=add, SIZE=size, PADDED=padded,
         num_warps=8 if padded > 2048 else 4,
     )  # fmt: skip

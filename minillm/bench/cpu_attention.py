@@ -1,14 +1,18 @@
-"""Decode attention on the CPU: ours against gathering and PyTorch's fused attention, and against reading alone.
+"""Paged attention on the CPU: ours against gathering and PyTorch's fused attention, and against reading alone.
 
-Keys and values are read cold: copies of them, together several times as large as the last cache, take turns.
+Keys and values of single queries are read cold: copies of them, together several times as large as the last cache, take
+turns. Then come the measurements behind the kernel's constants: from how many queries of one sequence on matrix
+products are better, from how many keys on a second thread pays, and whether PyTorch's threads and Numba's fight.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from minillm.bench.timing import seconds_in_turn
 from minillm.cache import reference
 
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_DIM = 16, 3, 3, 64
@@ -106,8 +111,82 @@ def measure(work: Workload) -> Row:
     return Row(work, found["ours"], found["sdpa"], found["reference"], stream.nbytes / found["read"])
 
 
+SCALE = HEAD_DIM**-0.5
+
+
+def queries_table() -> Table:
+    """Many queries of one sequence: each as a sequence of its own through the kernel, or together by PyTorch's way."""
+    from minillm.kernels.cpu.paged_attention import MANY_QUERIES, paged_attention
+
+    title = f"n queries behind a prefix, ms by kernel / gather + SDPA (which is taken from {MANY_QUERIES} on)"
+    counts = (2, 8, 16, 32, 128, 512)
+    table = Table("prefix", "dtype", *map(str, counts), title=title)
+    for prefix in (0, 512):
+        for dtype in (torch.float32, torch.bfloat16):
+            cells = []
+            for n in counts:
+                lengths = torch.arange(prefix + 1, prefix + n + 1)
+                _, *caches, tables, _, _ = inputs(Workload("", torch.tensor([prefix + n]), dtype))
+                q = torch.randn(n, KV_HEADS * GROUP, HEAD_DIM, dtype=dtype)
+                alone = (q, *caches, tables.repeat(n, 1), torch.arange(n + 1), lengths)
+                together = (q, *caches, tables, torch.tensor([0, n]), lengths[-1:])
+                ways = [
+                    partial(paged_attention, *alone, max_query_len=1, scale=SCALE),
+                    partial(reference.paged_attention, *together, max_query_len=n, scale=SCALE),
+                ]
+                cells.append(" / ".join(f"{seconds * 1e3:.2f}" for seconds in seconds_in_turn(ways, 15, warm_ups=3)))
+            table.add_row(f"{prefix}", str(dtype).removeprefix("torch."), *cells)
+    return table
+
+
+def threads_table() -> Table:
+    """One sequence by one thread and by all of them."""
+    from minillm.kernels.cpu import paged_attention as kernel
+
+    counts = (64, 128, 256, 512, 1024, 4096)
+    title = f"one sequence of n keys, µs by one thread / all (from {kernel.MIN_TILES_PER_THREAD} tiles for each on)"
+    table = Table("dtype", *map(str, counts), title=title)
+    for dtype in (torch.float32, torch.bfloat16):
+        cells = []
+        for keys in counts:
+            given = inputs(Workload("", torch.tensor([keys]), dtype))
+
+            def run(least: int, given: tuple[Tensor, ...] = given) -> None:
+                with patch.object(kernel, "MIN_TILES_PER_THREAD", least):
+                    kernel.paged_attention(*given, max_query_len=1, scale=SCALE)
+
+            found = seconds_in_turn([partial(run, 2**30), partial(run, 1)], 200, warm_ups=20)
+            cells.append(" / ".join(f"{seconds * 1e6:.0f}" for seconds in found))
+        table.add_row(str(dtype).removeprefix("torch."), *cells)
+    return table
+
+
+def turns_table() -> Table:
+    """PyTorch's matrix products and our attention: each alone, then one after the other, as in a step."""
+    from minillm.kernels.cpu.paged_attention import paged_attention
+
+    given = inputs(workloads()[0])
+    x, weight = torch.randn(64, 576), torch.randn(1536, 576)
+
+    def products() -> None:
+        for _ in range(8):
+            F.linear(x, weight)
+
+    def attention() -> None:
+        paged_attention(*given, max_query_len=1, scale=SCALE)
+
+    alone = [seconds_in_turn([work], 200, warm_ups=20)[0] for work in (products, attention)]
+    turns = seconds_in_turn([products, attention], 200, warm_ups=20)
+    table = Table("", "alone, ms", "in turn, ms", title="PyTorch's threads and Numba's")
+    for name, one, both in zip(("eight products of 64 rows", "attention of 64 sequences"), alone, turns, strict=True):
+        table.add_row(name, f"{one * 1e3:.2f}", f"{both * 1e3:.2f}")
+    return table
+
+
+@torch.inference_mode()
 def main() -> None:
-    """Measure, and print a table last."""
+    """Measure, and print tables; that of the bars last."""
+    Console(width=120).print(turns_table(), threads_table(), queries_table())
     columns = (
         "sequences",
         "dtype",

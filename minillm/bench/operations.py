@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from rich.table import Table
 from minillm.bench.timing import graph_seconds, seconds_in_turn
 from minillm.errors import ConfigError
 from minillm.transformer.positions import Rotation, apply_rotary
+from minillm.transformer.sampling import draw, transform
 from minillm.transformer.twins import PACKAGES
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 576, 1536, 9, 3, 64, 16
@@ -86,9 +88,36 @@ def operations(tokens: int, dtype: torch.dtype, device: str) -> list[Operation]:
     ]
 
 
+VOCABULARY, SPREAD = 49_152, 3.0
+"""SmolLM2's; and the standard deviation of the logits."""
+
+
+def sampler_table(device: str) -> Table:
+    """The sampler's parts, all PyTorch's operations: there is no kernel to compare them with."""
+    table = Table("rows", "likeliest", "top-k 50", "top-p 0.9", "both", "draw", title="the sampler, ms")
+    for rows in (1, 64):
+        logits = torch.randn(rows, VOCABULARY, device=device) * SPREAD
+        works: list[Callable[[], object]] = [
+            partial(torch.max, logits, dim=-1),
+            partial(transform, logits, 0.8, top_k=50),
+            partial(transform, logits, 0.8, top_p=0.9),
+            partial(transform, logits, 0.8, top_k=50, top_p=0.9),
+            partial(draw, logits.softmax(dim=-1), torch.rand(rows, device=device)),
+        ]
+        if device == "cuda":
+            works = [partial(_synchronised, work) for work in works]
+        table.add_row(f"{rows}", *(f"{seconds * 1e3:.2f}" for seconds in seconds_in_turn(works, 20, warm_ups=3)))
+    return table
+
+
+def _synchronised(work: Callable[[], object]) -> None:
+    work()
+    torch.cuda.synchronize()
+
+
 @torch.inference_mode()
 def main(device: str) -> None:
-    """Measure, and print a table last.
+    """Measure; print what the sampler takes, and last the table of kernels.
 
     Args:
         device: "cpu" or "cuda"; there, kernels are timed on the GPU alone (in a CUDA graph), so that launches do not
@@ -116,4 +145,4 @@ def main(device: str) -> None:
                     f"{theirs * 1e6:.1f}",
                     f"{theirs / ours:.1f}×",
                 )
-    Console(width=120).print(table)
+    Console(width=120).print(sampler_table(device), table)

@@ -40,13 +40,25 @@ def keep_top_k(
 def keep_top_p(
     logits: Float[Tensor, "*batch vocab"], p: float | Float[Tensor, "*batch 1"]
 ) -> Float[Tensor, "*batch vocab"]:
-    """Keep the fewest tokens whose probabilities sum to p or more; at least the likeliest."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    sum_before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = sum_before >= p
-    dropped[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), MASKED)
+    """Keep the fewest tokens whose probabilities sum to p or more; at least the likeliest.
+
+    These are mostly a few of the vocabulary's tens of thousands: instead of sorting all, rows are tried with some of
+    their largest logits, and with more where those do not sum to p.
+    """
+    vocab_size = logits.shape[-1]
+    rows = logits.reshape(-1, vocab_size)
+    ps = torch.as_tensor(p, device=logits.device).expand(*logits.shape[:-1], 1).reshape(-1, 1)
+    probabilities = rows.softmax(dim=-1)
+    kept, todo = torch.full_like(rows, MASKED), torch.arange(len(rows), device=rows.device)
+    for count in (128, 4096, vocab_size):
+        likeliest, tokens = probabilities[todo].topk(min(count, vocab_size), dim=-1)
+        sums = likeliest.cumsum(dim=-1)
+        stays = sums - likeliest < ps[todo]
+        stays[:, 0] = True
+        row = todo[:, None]
+        kept[row, tokens] = rows[row, tokens].where(stays, MASKED)
+        todo = todo[sums[:, -1] < ps[todo, 0]]
+    return kept.view_as(logits)
 
 
 def keep_min_p(

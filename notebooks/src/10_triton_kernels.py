@@ -759,7 +759,7 @@ from minillm.bench.timing import copy_bandwidth
 
 copy = copy_bandwidth()
 for batch, context in ((1, 8192), (16, 8192), (64, 8192)):
-    row = measure(Heads(32, 8, 128), batch, context, peers=False)
+    row = measure(Heads(32, 8, 128), batch, context)
     print(f"{batch:3d} sequences of {context:,}: {row.ours / 1e12:.2f} TB/s, {row.ours / copy:.0%} of a copy")
 """
 if torch.cuda.is_available():

@@ -56,6 +56,20 @@ def test_residual_sum_and_norm(kernels, shape, weight_offset, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_norm_of_heads_in_a_packed_projection(kernels, tokens, dtype):
+    torch.manual_seed(0)
+    packed, weight = torch.randn(tokens, 6, 32, dtype=dtype).to(kernels.device), torch.randn(32).to(dtype)
+    heads = packed[:, 1:4]
+    module = importlib.import_module(f"{kernels.package}.rms_norm")
+    assert module.supports(heads, weight.to(kernels.device))
+    ours = module.rms_norm(heads, weight.to(kernels.device), 1e-6).cpu().double()
+    exact = torch.nn.functional.rms_norm(heads.cpu().double(), (32,), weight.double(), 1e-6)
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    torch.testing.assert_close(ours, exact, atol=1e-6, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dim"), [(9, 3, 64, 64), (4, 2, 32, 16), (2, 1, 80, 80)])
 @pytest.mark.parametrize("block_size", [1, 4])

@@ -62,6 +62,11 @@ def norm(dtype: str, size: int) -> None:
     rms_norm.rms_norm(torch.empty(3, size, dtype=DTYPES[dtype]), torch.empty(size, dtype=DTYPES[dtype]), 1e-6)
 
 
+def norm_of_heads(dtype: str) -> None:
+    packed = torch.empty(3, 48, 128, dtype=DTYPES[dtype])
+    rms_norm.rms_norm(packed[:, :32], packed[0, 0], 1e-6)
+
+
 def add_and_norm(dtype: str, size: int) -> None:
     x = torch.empty(3, size, dtype=DTYPES[dtype])
     rms_norm.add_rms_norm(x, x, x[0], 1e-6)
@@ -100,6 +105,7 @@ OTHERS: dict[str, Callable[[], None]] = {
     **{f"{dtype} key/value write": partial(write, dtype) for dtype in ("fp32", "bf16")},
     **{f"bf16 RMSNorm of {size}": partial(norm, "bf16", size) for size in (4096, rms_norm.LARGEST)},
     "fp32 RMSNorm of 4096": partial(norm, "fp32", 4096),
+    "bf16 RMSNorm of heads": partial(norm_of_heads, "bf16"),
     "bf16 sum and RMSNorm of 4096": partial(add_and_norm, "bf16", 4096),
     **{f"{dtype} rotary": partial(rotate, dtype, 128, interleaved=False) for dtype in ("fp32", "bf16")},
     "bf16 rotary, half of a head, interleaved": partial(rotate, "bf16", 64, interleaved=True),

@@ -31,6 +31,17 @@ def test_each_transform_is_transformers(seed, k, p, t):
     torch.testing.assert_close(keep_min_p(logits, p), MinPLogitsWarper(p)(ids, logits))
 
 
+@pytest.mark.parametrize("sharpness", [[0.0, 0.05, 0.5, 4.0], [4.0, 4.0, 4.0, 4.0]])
+def test_top_p_of_a_large_vocabulary_is_transformers(sharpness):
+    """Rows whose nucleus is nearly all, thousands, hundreds, and a few tokens."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 20_000) * torch.tensor(sharpness)[:, None] - torch.arange(20_000) * 1e-5
+    ps = torch.tensor([[0.9], [0.5], [0.7], [0.95]])
+    expected = torch.cat([TopPLogitsWarper(float(p))(None, row[None]) for p, row in zip(ps, logits, strict=True)])
+    differs = (keep_top_p(logits, ps) != expected).sum(dim=-1)
+    assert (differs <= 3).all(), "sums of thousands of probabilities, rounded in another order, may differ by a token"
+
+
 def test_the_likeliest_always_stays():
     logits = torch.tensor([[0.0, 5.0, 1.0]])
     for kept in (keep_top_k(logits, 1), keep_top_p(logits, 1e-9), keep_min_p(logits, 1.0)):
