@@ -100,5 +100,5 @@ def _launch(
     padded = triton.next_power_of_2(size)
     _rms_norm[(x.numel() // size,)](
         x, added, weight, out, eps, weight_offset, *layout, ADD=add, SIZE=size, PADDED=padded,
-        num_warps=8 if padded > 2048 else 4,
+        num_warps=8 if padded > 2048 else 4 if padded > 512 else 1,
     )  # fmt: skip

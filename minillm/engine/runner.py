@@ -246,7 +246,7 @@ def note_compiling() -> Iterator[None]:
 
 def _note_compiling() -> None:
     if sys.stderr.isatty():
-        print("compiling kernels for this machine; they are kept on disk", file=sys.stderr)
+        print("preparing kernels for this machine; what is compiled is kept on disk", file=sys.stderr)
 
 
 def _fill(buffer: Tensor, values: Sequence[int]) -> Tensor:
