@@ -47,7 +47,11 @@ from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, p
 FAR = np.iinfo(np.int64).max // 2
 """A window that hides nothing."""
 MANY_QUERIES = 16
-"""So many queries of one sequence are better served by matrix products."""
+"""So many queries of one sequence are better served by matrix products.
+
+Measured (`minillm bench cpu-attention`), after 512 keys, float32: 8 queries 0.35 ms here and 0.49 there, 16 queries
+0.70 and 0.67, 128 queries 6.5 and 3.3. Without keys before them the two meet at about 100 queries.
+"""
 MIN_TILES_PER_THREAD = 48
 """Fewer are done before another thread has woken up."""
 

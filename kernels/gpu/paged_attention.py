@@ -40,6 +40,7 @@ LOG2_E = 1.4426950408889634
 MAX_SPLITS = 64
 MIN_KEYS_PER_SPLIT = 256
 PROGRAMS_PER_PROCESSOR = 4
+"""`minillm bench gpu-attention` tries other numbers of splits beside those that these give; see docs/benchmarks.md."""
 
 
 @triton.jit
@@ -244,7 +245,11 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Float[Tensor, "tokens heads head_dim"]:
-    """As `minillm.cache.reference.paged_attention`; a sequence without keys gets zeros."""
+    """As `minillm.cache.reference.paged_attention`; a sequence without keys gets zeros.
+
+    Keys are divided among programs only where every sequence has a single query: a step with a piece of a prompt has
+    programs enough.
+    """
     tokens, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
     seqs = len(seq_lens)

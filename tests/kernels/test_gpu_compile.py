@@ -180,6 +180,9 @@ def test_attention_fits(name, capability, report):
     found = kernels["_attend"]
     assert found["shared"] <= SHARED_MEMORY[capability]
     assert found["spills"] <= SPILLS.get(name, 0)
+    if "decode" in name:
+        assert 2 * found["shared"] <= SHARED_MEMORY[capability]
+        assert 2 * 128 * found["registers"] <= 65_536, "two programs of four warps: one waits, the other works"
     if "fp32" not in name:
         assert "mma" in found["ptx"], "tensor cores"
     assert "ld.global.v4" in found["ptx"] or "cp.async" in found["ptx"], "16 bytes at a time"
