@@ -76,11 +76,14 @@ class Schedule:
     Attributes:
         budget: tokens that may still be given out.
         preempted: requests whose memory was taken.
+        filled: blocks that this step fills, by content. Requests that join it may share them at once, since a layer
+            writes all keys and values of a step before it attends to any.
     """
 
     budget: int
     scheduled: list[Scheduled] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    filled: dict[bytes, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -164,7 +167,7 @@ class Scheduler:
     def _schedule_waiting(self, step: Schedule) -> None:
         while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
-            found = list(self._found_blocks(request))
+            found = list(self._found_blocks(request, step))
             stored = len(found) * self.pool.block_size
             start = min(stored, request.num_tokens - 1)  # a prompt that is found whole still needs its last logits
             count = min(request.num_tokens - start, step.budget)
@@ -181,19 +184,29 @@ class Scheduler:
                 request.num_cached_tokens = start
             self._take(request, count, step, num_stored=stored - start)
 
-    def _found_blocks(self, request: Request) -> Iterator[int]:
-        """The blocks that hold the request's beginning already; none where its prompt's logits are asked for."""
+    def _found_blocks(self, request: Request, step: Schedule) -> Iterator[int]:
+        """The blocks that hold the request's beginning, or will in this step; none where its logits are asked for."""
         if self.pool.enable_prefix_caching and request.params.prompt_logprobs is None:
             for content in request.hashes(request.num_tokens):
                 block = self.pool.find(content)
+                block = step.filled.get(content) if block is None else block
                 if block is None:
                     return
                 yield block
 
     def _take(self, request: Request, count: int, step: Schedule, num_stored: int = 0) -> None:
         copies = request.table.append(count - num_stored)
-        step.scheduled.append(Scheduled(request, request.num_computed_tokens, count, num_stored, copies))
+        part = Scheduled(request, request.num_computed_tokens, count, num_stored, copies)
+        step.scheduled.append(part)
         step.budget -= count
+        step.filled.update(self._filled_blocks(part))
+
+    def _filled_blocks(self, part: Scheduled) -> Iterator[tuple[bytes, int]]:
+        """Content and block of those that are full when this part has been computed."""
+        if self.pool.enable_prefix_caching:
+            first = part.start // self.pool.block_size
+            full = part.request.hashes(part.start + part.count)
+            yield from zip(full[first:], part.request.table.blocks[first:], strict=False)
 
     def take_back(self) -> None:
         """A step was interrupted: what tables say may never have been written. All that ran waits and begins again."""
@@ -203,13 +216,9 @@ class Scheduler:
     def computed(self, step: Schedule) -> None:
         """The step has been computed: its tokens are stored, and full blocks can be found by others."""
         for part in step.scheduled:
-            request = part.request
-            request.num_computed_tokens += part.count
-            if self.pool.enable_prefix_caching:
-                first = part.start // self.pool.block_size
-                full = request.hashes(request.num_computed_tokens)
-                for block, content in zip(request.table.blocks[first:], full[first:], strict=False):
-                    self.pool.remember(block, content)
+            part.request.num_computed_tokens += part.count
+            for content, block in self._filled_blocks(part):
+                self.pool.remember(block, content)
 
     def fork(self, parent: Request) -> list[Request]:
         """The siblings that find a seat beside their parent begin with its memory; the others wait for their own.

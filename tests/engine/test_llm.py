@@ -367,6 +367,36 @@ def test_prefixes_are_found_and_change_nothing(llm):
     assert generate(llm, prompt, GREEDY)[0].num_cached_tokens == 0
 
 
+def test_prompts_that_come_together_share_what_the_step_computes(llm, monkeypatch):
+    """Each beginning is computed once, also when the step is interrupted and done again."""
+    size = llm.engine.scheduler.pool.block_size
+    begin = (llm.get_tokenizer()(PROMPTS[1]).input_ids * 9)[: 3 * size]
+    prompts = [begin, [*begin, 5, 6], begin[: 2 * size] + [7], [*begin, 5, 6, 7]]
+    alone = []
+    for prompt in prompts:
+        llm.reset_prefix_cache()
+        alone.append(generate(llm, [prompt], GREEDY)[0].outputs[0].token_ids)
+    llm.reset_prefix_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "hidden", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, prompts, GREEDY)
+    for number, prompt in enumerate(prompts):
+        llm.engine.add_request(str(number), prompt, GREEDY)
+    step = llm.engine.scheduler.schedule()
+    assert [(part.start, part.count, part.num_stored) for part in step.scheduled] == [
+        (0, 3 * size, 0),
+        (3 * size, 2, 0),
+        (2 * size, 1, 0),
+        (3 * size, 3, 0),
+    ]
+    for number in range(len(prompts)):
+        llm.engine.abort(str(number))
+    together = generate(llm, prompts, GREEDY)
+    assert [output.num_cached_tokens for output in together] == [0, 3 * size, 2 * size, 3 * size]
+    assert [output.outputs[0].token_ids for output in together] == alone
+
+
 def test_a_prompt_that_is_found_whole_computes_exactly_its_last_token(llm):
     size = llm.engine.scheduler.pool.block_size
     ids = (llm.get_tokenizer()(PROMPTS[1]).input_ids * 9)[: 3 * size]
