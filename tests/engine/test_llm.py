@@ -371,7 +371,7 @@ def test_prompts_that_come_together_share_what_the_step_computes(llm, monkeypatc
     """Each beginning is computed once, also when the step is interrupted and done again."""
     size = llm.engine.scheduler.pool.block_size
     begin = (llm.get_tokenizer()(PROMPTS[1]).input_ids * 9)[: 3 * size]
-    prompts = [begin, [*begin, 5, 6], begin[: 2 * size] + [7], [*begin, 5, 6, 7]]
+    prompts = [begin, [*begin, 5, 6], [*begin[: 2 * size], 7], [*begin, 5, 6, 7]]
     alone = []
     for prompt in prompts:
         llm.reset_prefix_cache()
