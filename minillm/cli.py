@@ -1,4 +1,4 @@
-"""The command line: minillm generate | chat | pull | env | bench."""
+"""The command line: minillm generate | chat | serve | pull | env | bench."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ ENGINE_ARGUMENTS = (
     "attention_backend",
     "enforce_eager",
 )
-"""Options of throughput and latency that are arguments of `LLM`."""
+"""Options of serve, throughput and latency that are arguments of `LLM`."""
 
 
 def _engine_arguments(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -347,6 +347,55 @@ def bench_compare(
             model, dtype.split(","), workloads.split(","), chosen, vllm, llama_cpp, repeats, threads, output_json, plot
         )
     )
+
+
+@app.command(
+    epilog="As vllm serve. Examples:  minillm serve   ·   minillm serve Qwen/Qwen3-0.6B --port 8080 --max-model-len 4096"
+)
+def serve(
+    model: Annotated[str, typer.Argument(help="A local folder or .gguf file, a hub id, or a short name.")] = "tiny",
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: on all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="A key that clients must send.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Instead of the model's: a file, or the template.")] = None,
+    max_unfinished_requests: Annotated[int, typer.Option(min=1, help="Answers waited for; more get 429.")] = 1024,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests have after SIGTERM.")] = 30.0,
+    dtype: DtypeName = "auto",
+    quantization: Quantization = None,
+    seed: Annotated[int, typer.Option(help="Of the draws of requests without a seed.")] = 0,
+    device: Device = "auto",
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of a GPU's memory to use.")] = None,
+    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    block_size: BlockSize = 16,
+    enable_prefix_caching: PrefixCaching = True,
+    attention_backend: Attention = "auto",
+    enforce_eager: EnforceEager = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Taken; nothing needs it.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM ends it when running requests are done."""
+    engine, _ = _engine_arguments(locals())
+    from minillm.server.serve import check_port, read_chat_template
+    from minillm.server.serve import serve as run_server
+    from minillm.server.service import ServerConfig
+
+    check_port(host, port)
+    template = None if chat_template is None else read_chat_template(chat_template)
+    config = ServerConfig(model, served_model_name or [model], template, api_key or [], max_unfinished_requests)
+    with notes.status("importing PyTorch"):
+        from minillm.llm import LLM
+    arguments = engine | {"gpu_memory_utilization": gpu_memory_utilization, "trust_remote_code": trust_remote_code}
+    with LLM(**arguments) as llm:
+        status = run_server(llm, config, host=host, port=port, drain_seconds=drain_seconds)
+    raise typer.Exit(status)
 
 
 @dataclass

@@ -16,6 +16,7 @@ EXTRAS = {
     "notebooks": ("jupyterlab", "the notebooks and their widgets"),
     "modelscope": ("modelscope", "downloads from ModelScope"),
     "training": ("sacrebleu", "BLEU, for a translator of your own corpus"),
+    "serve": ("fastapi", "`minillm serve`"),
 }
 CPU_FEATURES = ("avx2", "avx512f", "avx512bf16", "amx-bf16", "avx512vnni", "neon", "bf16", "dotprod")
 

@@ -48,3 +48,15 @@ class MissingExtraError(MinillmError, ImportError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an optional dependency: pip install 'minillm-engine[{extra}]'")
+
+
+class OverloadedError(MinillmError):
+    """More requests than the server keeps at a time."""
+
+
+class ShuttingDownError(MinillmError):
+    """A request to a server that takes no more, or that it could not finish before it ended."""
+
+
+class EngineDeadError(MinillmError):
+    """The engine failed between requests; nothing that was sent to it will be answered."""

@@ -144,7 +144,8 @@ class LLM:
         sizes = SchedulerConfig(max_num_seqs, max_num_batched_tokens, self.max_model_len)
         backend = choose_backend(attention_backend, decoder.device, decoder.dtype)
         graphs = backend.name == "triton" and not enforce_eager
-        self._generation_config = _generation_config(path)
+        self.generation_config = _generation_config(path)
+        """What the model's publisher recommends of sampling, by generation_config.json's names."""
         self._end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
         self._sizes = sizes
         with note_compiling():
@@ -305,7 +306,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's publisher recommends in generation_config.json, else vLLM's defaults."""
-        said = dict(self._generation_config)
+        said = dict(self.generation_config)
         if "max_new_tokens" in said:
             said["max_tokens"] = said.pop("max_new_tokens")
         return SamplingParams(**said)

@@ -1,0 +1,292 @@
+"""The routes: what comes in is checked, handed to the engine's thread, and given back in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minillm import __version__
+from minillm.checks import check_token_ids
+from minillm.errors import MinillmError
+from minillm.llm import LLM
+from minillm.server import responses
+from minillm.server.engine_thread import RequestStream
+from minillm.server.errors import add_error_handlers, error_body, error_response, told
+from minillm.server.protocol import (
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    TokenizeChatRequest,
+    TokenizeResponse,
+    TokenizeTextRequest,
+    VersionResponse,
+)
+from minillm.server.service import ServerConfig, Service, abort, merged, whole
+
+MAX_BODY_BYTES = 8 * 2**20
+CLIENT_HAS_GONE = 499  # nginx's number; nobody reads it
+OPEN_PATHS = ("/health", "/version", "/metrics", "/docs", "/openapi.json")
+"""What needs no key."""
+
+Result = TypeVar("Result")
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of the work; None, and the work is cancelled, where the client goes away before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; whatever ends it stops the requests behind it."""
+
+    def __init__(self, chunks: AsyncIterator[BaseModel], streams: Sequence[RequestStream]) -> None:
+        super().__init__(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            abort(self._streams)
+
+
+async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+    """Each chunk as an event; an error is one too, since the status has gone out."""
+    try:
+        async for chunk in chunks:
+            yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+    except Exception as error:
+        yield f"data: {told(error).model_dump_json()}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+# --- routes
+
+
+def _service(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+Serving = Annotated[Service, Depends(_service)]
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "The request cannot be answered."},
+    401: {"model": ErrorResponse, "description": "The API key is missing or wrong."},
+    404: {"model": ErrorResponse, "description": "There is no such model."},
+    413: {"model": ErrorResponse, "description": "The request's body is too large."},
+    429: {"model": ErrorResponse, "description": "Too many requests wait: try again after Retry-After seconds."},
+    500: {"model": ErrorResponse, "description": "The engine has failed."},
+    503: {"model": ErrorResponse, "description": "The server is shutting down."},
+}
+router = APIRouter(responses=ERRORS)
+EVENTS = {200: {"content": {"text/event-stream": {}}, "description": "The answer, or with stream=true its pieces."}}
+
+
+@router.post("/v1/completions", response_model=Completion, responses=EVENTS)
+async def completions(asked: CompletionRequest, request: Request, service: Serving) -> Response:
+    """Continue one or several texts."""
+    service.check_ready(asked.num_answers)
+    name = service.model_name(asked.model)
+    params = asked.to_params(service.defaults)
+    prompts = await run_in_threadpool(service.prompts, asked)
+    answer = responses.Answer(
+        responses.new_id("cmpl"),
+        name,
+        service.decode,
+        echoes=[service.decode(ids) if text is None else text for text, ids in prompts] if asked.echo else None,
+        only_prompt=asked.only_prompt,
+    )
+    streams = await service.begin(answer.id, prompts, params, asked.max_tokens)
+    if asked.stream:
+        chunks = responses.completion_chunks(answer, merged(streams), include_usage=asked.wants_usage)
+        return EventStream(chunks, streams)
+    outputs = await unless_disconnected(request, whole(streams))
+    if outputs is None:
+        return Response(status_code=CLIENT_HAS_GONE)
+    return _json(responses.completion(answer, outputs))
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
+async def chat_completions(asked: ChatCompletionRequest, request: Request, service: Serving) -> Response:
+    """Answer a conversation."""
+    service.check_ready(asked.num_answers)
+    name = service.model_name(asked.model)
+    params = asked.to_params(service.defaults)
+    prompt = await run_in_threadpool(service.conversation, asked)
+    answer = responses.Answer(responses.new_id("chatcmpl"), name, service.decode, top_logprobs=asked.top_logprobs or 0)
+    streams = await service.begin(answer.id, [prompt], params, asked.token_limit)
+    if asked.stream:
+        chunks = responses.chat_chunks(answer, merged(streams), include_usage=asked.wants_usage)
+        return EventStream(chunks, streams)
+    outputs = await unless_disconnected(request, whole(streams))
+    if outputs is None:
+        return Response(status_code=CLIENT_HAS_GONE)
+    return _json(responses.chat_completion(answer, outputs[0]))
+
+
+@router.get("/v1/models")
+async def models(service: Serving) -> ModelList:
+    """The names of the model that is served."""
+    return ModelList(data=[_card(service, name) for name in service.config.served_names])
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, service: Serving) -> ModelCard:
+    """One of these names."""
+    return _card(service, service.model_name(model))
+
+
+def _card(service: Service, name: str) -> ModelCard:
+    return ModelCard(
+        id=name, created=service.created, root=service.config.model, max_model_len=service.llm.max_model_len
+    )
+
+
+@router.post("/tokenize")
+async def tokenize(asked: TokenizeTextRequest | TokenizeChatRequest, service: Serving) -> TokenizeResponse:
+    """The tokens of a text, or of a conversation."""
+    service.model_name(asked.model)
+    if isinstance(asked, TokenizeTextRequest):
+        ids = await run_in_threadpool(service.encode, asked.prompt, special=asked.add_special_tokens)
+    else:
+        _, ids = await run_in_threadpool(service.conversation, asked)
+    names = cast(list[str], service.tokenizer.convert_ids_to_tokens(ids)) if asked.return_token_strs else None
+    return TokenizeResponse(count=len(ids), max_model_len=service.llm.max_model_len, tokens=ids, token_strs=names)
+
+
+@router.post("/detokenize")
+async def detokenize(asked: DetokenizeRequest, service: Serving) -> DetokenizeResponse:
+    """The text of tokens."""
+    service.model_name(asked.model)
+    check_token_ids(asked.tokens, service.llm.engine.vocab_size, "tokens")
+    return DetokenizeResponse(prompt=await run_in_threadpool(service.decode, asked.tokens))
+
+
+@router.get("/health")
+async def health(service: Serving) -> Response:
+    """200 while requests are taken and answered, else 503."""
+    try:
+        service.check_ready()
+    except MinillmError as error:
+        return error_response(503, error_body(503, str(error)))
+    return Response()
+
+
+@router.get("/version")
+async def version() -> VersionResponse:
+    """The version of minillm."""
+    return VersionResponse(version=__version__)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(service: Serving) -> Response:
+    """How things stand, for Prometheus."""
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+# --- the whole
+
+
+class Gate:
+    """Before everything: the API key, and the size of the body."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self.app = app
+        self._keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
+        if self._keys and path not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
+            body = error_body(
+                401, "the API key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key"
+            )
+            return error_response(401, body, {"WWW-Authenticate": "Bearer"})
+        return None
+
+    def _has_key(self, header: bytes) -> bool:
+        """Compares with every key, in a time that tells nothing."""
+        scheme, _, shown = header.partition(b" ")
+        found = [hmac.compare_digest(shown.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(found)
+
+
+def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
+    """The application; `app.state.service` is what it serves. The LLM stays the caller's, to close."""
+    service = Service(llm, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        try:
+            yield
+        finally:
+            await service.engine.close()
+
+    app = FastAPI(title="minillm", version=__version__, lifespan=lifespan, redoc_url=None)
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(Gate, api_keys=config.api_keys)
+    add_error_handlers(app)
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """The schema, without FastAPI's own 422: what is invalid here is a 400."""
+        schema = plain()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app

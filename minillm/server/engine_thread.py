@@ -1,0 +1,213 @@
+"""The engine in a thread of its own, and coroutines that wait for its outputs.
+
+Between two steps the thread obeys what has been asked of it (add this request, stop that one); after a step it hands the
+outputs to the event loop. Whatever concerns streams happens in the event loop, whatever concerns the engine in the
+thread, so that neither needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from minillm.engine.engine import Engine
+from minillm.engine.outputs import RequestOutput
+from minillm.engine.params import SamplingParams
+from minillm.errors import EngineDeadError, MinillmError, OverloadedError, ShuttingDownError
+
+Listener = Callable[[list[RequestOutput], float], None]
+"""Told of a step's outputs, and of what an aborted request had, with the time; in the engine's thread."""
+
+
+class RequestStream:
+    """The outputs of one request, as they come; the last one is `finished`.
+
+    Raises:
+        MinillmError: while it is iterated over, when the request will not be answered.
+    """
+
+    def __init__(self, engine: EngineThread, request_id: str, num_answers: int) -> None:
+        self.request_id = request_id
+        self.num_answers = num_answers
+        self.taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._engine = engine
+        self._outputs: asyncio.Queue[RequestOutput | MinillmError] = asyncio.Queue()
+        self._ended = False
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        if isinstance(output, MinillmError):
+            self._ended = True
+            raise output
+        self._ended = output.finished
+        return output
+
+    def put(self, output: RequestOutput | MinillmError) -> None:
+        self._outputs.put_nowait(output)
+
+    def abort(self) -> None:
+        """Stop the request before the next step, unless it has ended. Whoever stops listening must call it."""
+        if not self._ended:
+            self._ended = True
+            self._engine.abort(self.request_id)
+
+
+class EngineThread:
+    """Drives an engine from a coroutine's point of view.
+
+    Args:
+        max_requests: answers that are waited for at a time.
+        listener: told of every step's outputs.
+    """
+
+    def __init__(self, engine: Engine, *, max_requests: int, listener: Listener | None = None) -> None:
+        self.max_requests = max_requests
+        self.error: BaseException | None = None
+        self._engine = engine
+        self._listener = listener
+        self._streams: dict[str, RequestStream] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    # --- in the event loop
+
+    def start(self) -> None:
+        """Begin; to be called in the event loop that will wait for outputs."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Answers that are waited for."""
+        return sum(stream.num_answers for stream in self._streams.values())
+
+    def check_room(self, num_answers: int = 0) -> None:
+        """Raise EngineDeadError where the engine has failed, OverloadedError where so many more are too many."""
+        if self.error is not None:
+            raise EngineDeadError(f"the engine has failed: {self.error}")
+        waiting = self.num_unfinished
+        if waiting + num_answers > self.max_requests:
+            raise OverloadedError(f"{waiting} answers are being waited for already: try again later")
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt: str | None = None
+    ) -> RequestStream:
+        """Hand a request to the engine and return its outputs-to-be, once the engine has taken it.
+
+        Raises:
+            InvalidRequestError: what cannot be generated.
+            OverloadedError: there are too many requests.
+            EngineDeadError: the engine has failed.
+        """
+        self.check_room(params.n)
+        stream = self._streams[request_id] = RequestStream(self, request_id, params.n)
+        arrival = self._engine.clock()
+
+        def add() -> None:
+            try:
+                self._engine.add_request(request_id, prompt_token_ids, params, prompt=prompt, arrival_time=arrival)
+            except Exception as error:  # this request's own; the engine is as it was
+                self._in_loop(_settle, stream.taken, error)
+            else:
+                self._in_loop(_settle, stream.taken, None)
+
+        self._inbox.put(add)
+        try:
+            await stream.taken
+        except asyncio.CancelledError:
+            stream.abort()
+            raise
+        except Exception:
+            self._streams.pop(request_id, None)
+            raise
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request before the next step; its stream gives nothing more."""
+        if self._streams.pop(request_id, None) is not None:
+            self._inbox.put(partial(self._abort, request_id))
+
+    def abort_all(self, reason: str) -> None:
+        """Stop everything; whoever waits is told the reason."""
+        for request_id, stream in list(self._streams.items()):
+            self.abort(request_id)
+            stream.put(ShuttingDownError(reason))
+
+    async def close(self) -> None:
+        """Stop the thread after its step; whoever still waits is told so."""
+        self.abort_all("the server has stopped")
+        self._inbox.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:  # else it has been aborted
+                stream.put(output)
+                if output.finished:
+                    del self._streams[output.request_id]
+
+    def _die(self, error: BaseException) -> None:
+        """Tell everybody; nothing more will come."""
+        self.error = error
+        dead = EngineDeadError(f"the engine has failed: {error}")
+        for stream in self._streams.values():
+            _settle(stream.taken, dead)
+            stream.put(dead)
+        self._streams.clear()
+
+    # --- in the thread
+
+    def _work(self) -> None:
+        try:
+            while not self._stopped:
+                self._obey(wait=not self._engine.has_unfinished_requests)
+                outputs = self._engine.step()
+                if outputs:
+                    self._in_loop(self._deliver, outputs)
+                    self._tell(outputs)
+        except BaseException as error:
+            self._in_loop(self._die, error)
+            raise
+
+    def _obey(self, *, wait: bool) -> None:
+        """Do what has been asked; with `wait`, until something is."""
+        if wait:
+            self._inbox.get()()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+    def _abort(self, request_id: str) -> None:
+        output = self._engine.abort(request_id)
+        if output is not None:
+            self._tell([output])
+
+    def _tell(self, outputs: list[RequestOutput]) -> None:
+        if self._listener is not None:
+            self._listener(outputs, self._engine.clock())
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _in_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+    """Resolve a future that may have been cancelled, or resolved, meanwhile."""
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)

@@ -1,0 +1,106 @@
+"""`minillm serve`: an application on a port, until it is told to stop.
+
+The first SIGTERM or Ctrl-C drains: new requests get 503, running ones end, or are stopped when the time is over. The
+second stops at once.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from minillm.errors import ConfigError
+from minillm.llm import LLM
+from minillm.server.app import create_app
+from minillm.server.service import ServerConfig, Service
+
+LAST_WORDS_SECONDS = 5
+"""How long connections have to take what was written for them, when everything has ended."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which goes on answering while it drains, and ends when the engine fails.
+
+    Args:
+        drain_seconds: how long running requests have, once it has been told to stop.
+    """
+
+    def __init__(self, app: FastAPI, *, host: str, port: int, drain_seconds: float, log_level: str = "info") -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                log_level=log_level,
+                timeout_graceful_shutdown=LAST_WORDS_SECONDS,
+                lifespan="on",
+            )
+        )
+        self._service: Service = app.state.service
+        self._drain_seconds = drain_seconds
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal, stop at the second."""
+        if self._deadline is None:
+            self._service.is_draining = True
+            self._deadline = time.monotonic() + self._drain_seconds
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; True to end."""
+        stop = await super().on_tick(counter)
+        return stop or self._service.engine.error is not None or self._is_drained()
+
+    def _is_drained(self) -> bool:
+        if self._deadline is None:
+            return False
+        engine = self._service.engine
+        if time.monotonic() > self._deadline:
+            engine.abort_all("the server is shutting down, and the answer took too long")
+        return not engine.num_unfinished
+
+    @property
+    def exit_status(self) -> int:
+        """0 where all that was asked has been answered or told."""
+        return 1 if self.force_exit or self._service.engine.error is not None else 0
+
+
+def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds: float) -> int:
+    """Serve until a signal comes or the engine fails.
+
+    Returns:
+        The process's exit status: 0, or 1 where it was stopped at once or the engine failed.
+    """
+    server = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds)
+    server.run()
+    return server.exit_status
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError where somebody else has the port; uvicorn would end the process with a log line."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigError(f"{host}:{port} cannot be listened on: {error.strerror or error}. Choose another") from error
+
+
+def read_chat_template(given: str) -> str:
+    """A chat template: a file's text, or, where it holds a brace, what is given itself.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {given!r} is no template, and no file that can be read: {error}") from error

@@ -1,0 +1,207 @@
+"""An `LLM` as the routes use it: what clients ask for becomes tokens, tokens go to the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from minillm.engine.outputs import RequestOutput
+from minillm.engine.params import SamplingParams
+from minillm.errors import InvalidRequestError, ShuttingDownError
+from minillm.llm import LLM, encode_prompt
+from minillm.models.tokenizer import chat_prompt
+from minillm.server.engine_thread import EngineThread, RequestStream
+from minillm.server.metrics import ServerMetrics
+from minillm.server.protocol import ChatFields, CompletionRequest
+
+TokenizedPrompt = tuple[str | None, list[int]]
+"""A prompt's text, if it has one, and its tokens."""
+
+
+class UnknownModelError(InvalidRequestError):
+    """A request names a model that is not served."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and answer do not fit into the model's context."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the server itself is told.
+
+    Attributes:
+        model: where the model came from.
+        served_names: what clients may call it; the first is what answers say.
+        chat_template: instead of the tokenizer's.
+        api_keys: any of which a client must show; none are asked for where there are none.
+        max_requests: answers that are waited for at a time.
+    """
+
+    model: str
+    served_names: Sequence[str]
+    chat_template: str | None = None
+    api_keys: Sequence[str] = ()
+    max_requests: int = 1024
+
+
+class Service:
+    """An `LLM` as the routes use it: prompts to tokens, tokens to the engine's thread."""
+
+    def __init__(self, llm: LLM, config: ServerConfig) -> None:
+        self.llm = llm
+        self.config = config
+        self.tokenizer = llm.get_tokenizer()
+        self.metrics = ServerMetrics(llm.engine, config.served_names[0])
+        self.engine = EngineThread(llm.engine, max_requests=config.max_requests, listener=self.metrics.observe)
+        self.is_draining = False
+        self.created = int(time.time())
+        self.defaults: dict[str, Any] = dict(llm.generation_config)
+        if "max_new_tokens" in self.defaults:
+            self.defaults["max_tokens"] = self.defaults.pop("max_new_tokens")
+        template_options = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        self._template_options = frozenset(template_options) - {"kwargs"} | {"tokenizer"}
+
+    def check_ready(self, num_answers: int = 0) -> None:
+        """Raise ShuttingDownError, EngineDeadError or OverloadedError where so many answers will not be given now."""
+        self.engine.check_room(num_answers)
+        if self.is_draining:
+            raise ShuttingDownError("the server is shutting down and takes no new requests")
+
+    def model_name(self, asked: str | None) -> str:
+        """What to call the model.
+
+        Raises:
+            UnknownModelError: the client asked for another one.
+        """
+        if asked is not None and asked not in self.config.served_names:
+            raise UnknownModelError(f"The model `{asked}` does not exist: it is {', '.join(self.config.served_names)}")
+        return self.config.served_names[0] if asked is None else asked
+
+    def decode(self, tokens: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(tokens))
+
+    def prompts(self, asked: CompletionRequest) -> list[TokenizedPrompt]:
+        """Texts and tokens of a completion's prompts.
+
+        Raises:
+            InvalidRequestError: there is none.
+        """
+        given = asked.prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = cast(list[str] | list[list[int]], [given])
+        if not given:
+            raise InvalidRequestError("prompt is empty: give at least one")
+        if len(given) * asked.num_answers > self.config.max_requests:
+            raise InvalidRequestError(f"prompts times n is more than the {self.config.max_requests} that may wait")
+        special = asked.add_special_tokens is not False
+        return [
+            (one, self.encode(one, special=special)) if isinstance(one, str) else (None, cast(list[int], one))
+            for one in given
+        ]
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """A text's tokens, with the tokenizer's special ones or without."""
+        if special:
+            return encode_prompt(self.tokenizer, text)
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def conversation(self, asked: ChatFields) -> TokenizedPrompt:
+        """A conversation as the chat template writes it.
+
+        Raises:
+            InvalidRequestError: options that are not the template's.
+            TokenizerError: no template, or one that refuses the conversation.
+        """
+        options = asked.chat_template_kwargs or {}
+        if forbidden := sorted(self._template_options & options.keys()):
+            raise InvalidRequestError(f"chat_template_kwargs may not hold {', '.join(forbidden)}")
+        continues = bool(asked.continue_final_message)
+        begins = not continues if asked.add_generation_prompt is None else asked.add_generation_prompt
+        return chat_prompt(
+            self.tokenizer,
+            [message.model_dump(exclude_none=True) for message in asked.messages],
+            chat_template=self.config.chat_template,
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            **options,
+        )
+
+    async def begin(
+        self, request_id: str, prompts: Sequence[TokenizedPrompt], params: SamplingParams, max_tokens: int | None
+    ) -> list[RequestStream]:
+        """Hand all prompts to the engine, or none.
+
+        Args:
+            max_tokens: what the client asked for, if it did.
+
+        Raises:
+            MinillmError: a request that cannot be, too many, or an engine that has failed.
+        """
+        self.check_ready()
+        for _, ids in prompts:
+            self._check_room(len(ids), max_tokens)
+        begun = await asyncio.gather(
+            *(
+                self.engine.generate(f"{request_id}-{at}", ids, params, prompt=text)
+                for at, (text, ids) in enumerate(prompts)
+            ),
+            return_exceptions=True,
+        )
+        streams = [one for one in begun if isinstance(one, RequestStream)]
+        for one in begun:
+            if isinstance(one, BaseException):
+                abort(streams)
+                raise one
+        return streams
+
+    def _check_room(self, num_tokens: int, max_tokens: int | None) -> None:
+        longest = self.llm.max_model_len
+        if num_tokens >= longest or num_tokens + (max_tokens or 1) > longest:
+            raise ContextLengthError(
+                f"This model's maximum context length is {longest} tokens. You asked for {num_tokens} of prompt and "
+                f"{max_tokens or 'at least 1'} of answer: shorten the prompt or lower max_tokens"
+            )
+
+
+def abort(streams: Sequence[RequestStream]) -> None:
+    """Stop those that have not ended."""
+    for stream in streams:
+        stream.abort()
+
+
+async def whole(streams: Sequence[RequestStream]) -> list[RequestOutput]:
+    """The last output of each stream; all are stopped where one fails or nobody waits any more."""
+    try:
+        outputs = []
+        for stream in streams:
+            async for output in stream:
+                pass
+            outputs.append(output)
+        return outputs
+    finally:
+        abort(streams)
+
+
+async def merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """Outputs of several streams as they come, with the number of the stream."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    nexts = {asyncio.ensure_future(anext(stream, None)): at for at, stream in enumerate(streams)}
+    try:
+        while nexts:
+            done, _ = await asyncio.wait(nexts, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                at, found = nexts.pop(task), task.result()
+                if found is not None:
+                    nexts[asyncio.ensure_future(anext(streams[at], None))] = at
+                    yield at, found
+    finally:
+        for task in nexts:
+            task.cancel()

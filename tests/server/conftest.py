@@ -1,0 +1,99 @@
+"""A server in this process, on a free port, as a client meets it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import httpx
+import openai
+import pytest
+
+from minillm import LLM
+from minillm.server.app import create_app
+from minillm.server.serve import Server
+from minillm.server.service import ServerConfig, Service
+
+SMALL = {"dtype": "float32", "device": "cpu", "max_num_seqs": 16, "max_num_batched_tokens": 64, "enforce_eager": True}
+
+
+@dataclass
+class Running:
+    """A server, and who talks to it."""
+
+    llm: LLM
+    service: Service
+    server: Server
+    url: str
+    key: str = "none"
+    clients: list = field(default_factory=list)
+
+    @property
+    def openai(self) -> openai.OpenAI:
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+        self.clients.append(client)
+        return client
+
+    @property
+    def http(self) -> httpx.Client:
+        client = httpx.Client(base_url=self.url, timeout=30)
+        self.clients.append(client)
+        return client
+
+    @property
+    def num_held(self) -> int:
+        pool = self.llm.engine.scheduler.pool
+        return pool.num_blocks - pool.num_free
+
+    def until(self, happened, seconds: float = 10.0) -> bool:
+        """Whether it happens in time."""
+        deadline = time.monotonic() + seconds
+        while not happened() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return happened()
+
+
+@contextlib.contextmanager
+def running(llm: LLM, drain_seconds: float = 10.0, **options) -> Iterator[Running]:
+    config = ServerConfig(**{"model": "tiny", "served_names": ["tiny"]} | options)
+    app = create_app(llm, config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(app, host="127.0.0.1", port=port, drain_seconds=drain_seconds, log_level="warning")
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    found = Running(llm, app.state.service, server, f"http://127.0.0.1:{port}")
+    assert found.until(lambda: server.started)
+    try:
+        yield found
+    finally:
+        for client in found.clients:
+            client.close()
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def llm():
+    with LLM("tiny", **SMALL) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The same model, asked directly."""
+    with LLM("tiny", **SMALL) as llm:
+        yield llm

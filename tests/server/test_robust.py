@@ -1,0 +1,228 @@
+"""What goes wrong: clients that leave, keys, too many requests, signals, an engine that fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from minillm import LLM
+from minillm.errors import MissingExtraError
+from tests.server.conftest import SMALL, running
+
+LONG = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def slow(llm, monkeypatch):
+    """The engine takes its time for a step, so that there is a middle to leave in."""
+    step = llm.engine.step
+
+    def slowly():
+        time.sleep(0.01)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", slowly)
+    return llm
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(slow, stream):
+    with running(slow) as server:
+        with httpx.Client(base_url=server.url, timeout=0.5) as client:
+            if stream:
+                with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+                    next(answer.iter_lines())
+                    assert server.num_held > 0
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post("/v1/completions", json=LONG)
+        steps = slow.engine.counts.num_steps
+        assert server.until(lambda: server.num_held == 0, 1.0)
+        assert slow.engine.counts.num_steps <= steps + 3  # the word of it must travel
+        assert server.service.engine.num_unfinished == 0
+        assert 'finished_reason="abort"' in server.http.get("/metrics").text
+
+
+def test_keys(llm):
+    with running(llm, api_keys=["first", "second"]) as server:
+        for key in ("first", "second"):
+            server.key = key
+            assert server.openai.models.list().data
+        for key in ("third", "firs", "ключ".encode().decode("latin-1")):
+            server.key = key
+            answer = server.http.get("/v1/models", headers={"authorization": f"Bearer {key}".encode("latin-1")})
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        server.key = "third"
+        with pytest.raises(openai.AuthenticationError):
+            server.openai.completions.create(**{"model": "tiny", "prompt": "a"})
+        assert server.http.post("/tokenize", json={"prompt": "a"}).status_code == 401
+        assert server.http.get("/health").status_code == 200
+
+
+def test_too_many_requests_are_told_when_to_come_again(slow):
+    with running(slow, max_requests=2) as server:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True, "n": 2}):
+            answer = server.http.post("/v1/completions", json=LONG)
+            assert answer.status_code == 429
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert int(answer.headers["retry-after"]) >= 1
+        assert server.until(lambda: server.num_held == 0)
+        assert server.http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+
+
+def test_draining_refuses_what_is_new_and_ends_what_runs(slow):
+    with running(slow) as server:
+        http = server.http
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 60}
+        ) as told:
+            lines = told.iter_lines()
+            next(lines)
+            server.server.handle_exit(signal.SIGTERM, None)
+            answer = http.post("/v1/completions", json=LONG)
+            assert answer.status_code == 503
+            assert "retry-after" in answer.headers
+            assert http.get("/health").status_code == 503
+            assert list(lines)[-2] == "data: [DONE]"
+        assert server.until(lambda: server.server.should_exit)
+        assert server.server.exit_status == 0
+
+
+def test_draining_has_an_end(slow):
+    with running(slow, drain_seconds=0.2) as server:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as told:
+            lines = told.iter_lines()
+            next(lines)
+            server.server.handle_exit(signal.SIGTERM, None)
+            rest = [line for line in lines if line]
+            assert "service_unavailable_error" in rest[-2]
+            assert rest[-1] == "data: [DONE]"
+
+
+def test_a_failing_engine_is_told_to_everybody():
+    with LLM("tiny", **SMALL) as llm, running(llm) as server:
+        compute = llm.engine.runner.compute
+
+        def fail(step):
+            if llm.engine.counts.num_steps > 5:
+                raise RuntimeError("the device is gone")
+            return compute(step)
+
+        llm.engine.runner.compute = fail
+        answers = []
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=20))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [500] * 4
+        assert "the device is gone" in answers[0].json()["error"]["message"]
+        assert server.until(lambda: server.server.exit_status == 1)
+
+
+def test_one_requests_failure_is_its_own(llm, monkeypatch):
+    add = llm.engine.add_request
+
+    def fail(request_id, ids, params, **others):
+        if params.seed == 13:
+            raise RuntimeError("nobody thought of this")
+        add(request_id, ids, params, **others)
+
+    monkeypatch.setattr(llm.engine, "add_request", fail)
+    with running(llm) as server:
+        asked = {"prompt": "a", "max_tokens": 2}
+        answer = server.http.post("/v1/completions", json=asked | {"seed": 13})
+        assert answer.status_code == 500
+        assert "nobody thought" not in answer.text
+        assert server.http.post("/v1/completions", json=asked).status_code == 200
+        assert server.http.get("/health").status_code == 200
+
+
+def test_a_model_without_a_template_answers_no_chats(llm, monkeypatch):
+    monkeypatch.setattr(llm.get_tokenizer(), "chat_template", None)
+    asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    with running(llm) as server:
+        answer = server.http.post("/v1/chat/completions", json=asked)
+        assert answer.status_code == 400
+        assert "no chat template" in answer.json()["error"]["message"]
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    with running(llm, chat_template=template) as server:
+        told = server.http.post("/tokenize", json={"messages": asked["messages"]}).json()["tokens"]
+        assert told == llm.get_tokenizer()("Hello", add_special_tokens=False).input_ids
+
+
+# --- the command
+
+
+def start(*options: str) -> tuple[subprocess.Popen[str], str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "minillm", "serve", "tiny", "--port", str(port), "--device", "cpu", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        assert process.poll() is None, process.stdout.read()
+        try:
+            httpx.get(f"{url}/health").raise_for_status()
+            return process, url
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    raise AssertionError("the server does not start")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_the_command_serves_and_drains(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[-1]['content'] }}")
+    process, url = start(
+        "--served-model-name", "mine", "--api-key", "k", "--chat-template", str(template), "--enforce-eager"
+    )
+    try:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="k") as client:
+            assert [model.id for model in client.models.list()] == ["mine"]
+            asked = {"model": "mine", "messages": [{"role": "user", "content": "Once"}], "max_tokens": 300}
+            stream = client.chat.completions.create(stream=True, extra_body={"ignore_eos": True}, **asked)
+            next(iter(stream))
+            process.send_signal(signal.SIGTERM)
+            assert list(stream)[-1].choices[0].finish_reason == "length"
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+def test_what_the_command_refuses(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for options, told in (
+            (["--port", str(taken.getsockname()[1])], "cannot be listened on"),
+            (["--chat-template", str(tmp_path / "none")], "no template"),
+        ):
+            command = [sys.executable, "-m", "minillm", "serve", "tiny", "--device", "cpu", "--enforce-eager", *options]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 1
+            assert told in done.stderr
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("minillm.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(MissingExtraError, match="serve"):
+        import minillm.server  # noqa: F401
