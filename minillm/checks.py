@@ -16,6 +16,16 @@ def check_token_ids(tokens: Iterable[int], vocab_size: int, what: str = "") -> N
         raise InvalidRequestError(f"{whose}token ids must be in [0, {vocab_size}), not {outside[:5]}")
 
 
+def check_text(text: str) -> None:
+    """Raise InvalidRequestError for a text that UTF-8 cannot hold: no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"a text holds half a character (U+{ord(text[error.start]):X} at {error.start}): send whole ones"
+        ) from error
+
+
 def check_sizes(config: Any, *names: str) -> None:
     """Raise ConfigError unless each of these fields is a whole number of at least 1."""
     for name in names:

@@ -349,9 +349,7 @@ def bench_compare(
     )
 
 
-@app.command(
-    epilog="As vllm serve. Examples:  minillm serve   ·   minillm serve Qwen/Qwen3-0.6B --port 8080 --max-model-len 4096"
-)
+@app.command(epilog="As vllm serve. Examples:  minillm serve   ·   minillm serve Qwen/Qwen3-0.6B --max-model-len 4096")
 def serve(
     model: Annotated[str, typer.Argument(help="A local folder or .gguf file, a hub id, or a short name.")] = "tiny",
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: on all.")] = "127.0.0.1",

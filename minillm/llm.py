@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.cache.backends import attention_backend as choose_backend
 from minillm.cache.block_pool import BlockPool
-from minillm.checks import check_size, check_token_ids
+from minillm.checks import check_size, check_text, check_token_ids
 from minillm.engine.beam_search import beam_search
 from minillm.engine.cuda_graphs import ladder
 from minillm.engine.engine import Engine
@@ -464,7 +464,12 @@ class LLM:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A text's tokens, with the special tokens that the tokenizer puts in front, unless the text begins with them."""
+    """A text's tokens, with the special tokens that the tokenizer puts in front, unless the text begins with them.
+
+    Raises:
+        InvalidRequestError: a text that no tokenizer can read.
+    """
+    check_text(text)
     ids: list[int] = tokenizer(text).input_ids
     plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     at = len(ids) - len(plain)

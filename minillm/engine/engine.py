@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minillm.cache.block_table import BlockTable
-from minillm.checks import check_token_ids
+from minillm.checks import check_text, check_token_ids
 from minillm.engine.detokenizer import Detokenizer
 from minillm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from minillm.engine.params import RequestOutputKind, SamplingParams
@@ -245,6 +245,8 @@ class Engine:
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as it is cut at the beginning of a text and behind a space."""
         texts = [text for word in params.bad_words or () for text in (word, " " + word.lstrip())]
+        for text in texts:
+            check_text(text)
         found = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from minillm.checks import check_text
 from minillm.errors import ConfigError, InvalidRequestError, TokenizerError
 from minillm.models.gguf import metadata
 from minillm.models.source import resolve
@@ -57,17 +58,18 @@ def chat_prompt(
         options: passed to transformers' `apply_chat_template`.
 
     Raises:
-        InvalidRequestError: a message that is none.
+        InvalidRequestError: a message that is none, or a text that no tokenizer can read.
         TokenizerError: no chat template, or one that refuses the conversation.
     """
     if not tokenizer.chat_template and options.get("chat_template") is None:
         raise TokenizerError("this model has no chat template: it continues text; use `generate`, or give a template")
     messages = [_message(message) for message in conversation]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template may raise what it likes
         raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
-    return cast(str, text), tokenizer(text, add_special_tokens=False).input_ids
+    check_text(text)
+    return text, tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "The server is shutting down."},
 }
 router = APIRouter(responses=ERRORS)
-EVENTS = {200: {"content": {"text/event-stream": {}}, "description": "The answer, or with stream=true its pieces."}}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer, or with stream=true its pieces."}
+}
 
 
 @router.post("/v1/completions", response_model=Completion, responses=EVENTS)

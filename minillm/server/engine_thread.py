@@ -1,7 +1,7 @@
 """The engine in a thread of its own, and coroutines that wait for its outputs.
 
-Between two steps the thread obeys what has been asked of it (add this request, stop that one); after a step it hands the
-outputs to the event loop. Whatever concerns streams happens in the event loop, whatever concerns the engine in the
+Between two steps the thread obeys what has been asked of it (add this request, stop that one); after a step it hands
+the outputs to the event loop. Whatever concerns streams happens in the event loop, whatever concerns the engine in the
 thread, so that neither needs a lock.
 """
 

@@ -98,9 +98,10 @@ def explain(errors: Sequence[Any]) -> tuple[str, str | None]:
     """What is wrong, in one sentence, and the field.
 
     Args:
-        errors: pydantic's. Where a field may be one of several things it tells of each; the deepest is the likeliest.
+        errors: pydantic's. Where a field may be one of several things it tells of each; the deepest is the likeliest,
+            and among those one that is not of another type altogether.
     """
-    error = max(errors, key=lambda one: len(one["loc"]))
+    error = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     kind, where = error["type"], _path(error)
     if kind == "json_invalid":
         return f"the body is not JSON: {error['ctx']['error']}", None

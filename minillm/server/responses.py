@@ -170,7 +170,7 @@ def _completion_choice(
         is_first: whether nothing has been given yet, so that the prompt is to be given where it is asked for.
     """
     reason, text = finish_reason(answer), answer.text
-    tokens = list(zip(answer.token_ids, answer.logprobs or [], strict=False))
+    tokens: list[tuple[int, TokenLogprobs | None]] = [*zip(answer.token_ids, answer.logprobs or [], strict=False)]
     if request.only_prompt:
         reason, text, tokens = "length", "", []
     if request.echoes is not None and is_first:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from minillm.checks import check_text
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
 from minillm.errors import InvalidRequestError, ShuttingDownError
@@ -108,6 +109,7 @@ class Service:
         """A text's tokens, with the tokenizer's special ones or without."""
         if special:
             return encode_prompt(self.tokenizer, text)
+        check_text(text)
         return cast(list[int], self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def conversation(self, asked: ChatFields) -> TokenizedPrompt:
@@ -179,9 +181,7 @@ async def whole(streams: Sequence[RequestStream]) -> list[RequestOutput]:
     try:
         outputs = []
         for stream in streams:
-            async for output in stream:
-                pass
-            outputs.append(output)
+            outputs.append([output async for output in stream][-1])
         return outputs
     finally:
         abort(streams)

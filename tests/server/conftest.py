@@ -29,6 +29,7 @@ class Running:
     llm: LLM
     service: Service
     server: Server
+    thread: threading.Thread
     url: str
     key: str = "none"
     clients: list = field(default_factory=list)
@@ -68,7 +69,7 @@ def running(llm: LLM, drain_seconds: float = 10.0, **options) -> Iterator[Runnin
     server = Server(app, host="127.0.0.1", port=port, drain_seconds=drain_seconds, log_level="warning")
     thread = threading.Thread(target=server.run)
     thread.start()
-    found = Running(llm, app.state.service, server, f"http://127.0.0.1:{port}")
+    found = Running(llm, app.state.service, server, thread, f"http://127.0.0.1:{port}")
     assert found.until(lambda: server.started)
     try:
         yield found

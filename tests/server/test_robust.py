@@ -94,19 +94,21 @@ def test_draining_refuses_what_is_new_and_ends_what_runs(slow):
             assert "retry-after" in answer.headers
             assert http.get("/health").status_code == 503
             assert list(lines)[-2] == "data: [DONE]"
-        assert server.until(lambda: server.server.should_exit)
+        assert server.until(lambda: not server.thread.is_alive())
         assert server.server.exit_status == 0
 
 
 def test_draining_has_an_end(slow):
-    with running(slow, drain_seconds=0.2) as server:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as told:
-            lines = told.iter_lines()
-            next(lines)
-            server.server.handle_exit(signal.SIGTERM, None)
-            rest = [line for line in lines if line]
-            assert "service_unavailable_error" in rest[-2]
-            assert rest[-1] == "data: [DONE]"
+    with (
+        running(slow, drain_seconds=0.2) as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as told,
+    ):
+        lines = told.iter_lines()
+        next(lines)
+        server.server.handle_exit(signal.SIGTERM, None)
+        rest = [line for line in lines if line]
+        assert "service_unavailable_error" in rest[-2]
+        assert rest[-1] == "data: [DONE]"
 
 
 def test_a_failing_engine_is_told_to_everybody():
