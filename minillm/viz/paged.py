@@ -401,8 +401,8 @@ def explore_programs(
             options=(1, 2, 4, 8), value=processors, description="multiprocessors", continuous_update=False, **long
         ),
         widgets.Dropdown(
-            options=[("none", None), ("32 tokens", 32), ("128 tokens", 128)],
-            value=window,
+            options=[("none", 0), ("32 tokens", 32), ("128 tokens", 128)],  # None would be shown as nothing chosen
+            value=window or 0,
             description="sliding window",
             **long,
         ),
@@ -410,7 +410,8 @@ def explore_programs(
     image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
     def redraw(_: Any = None) -> None:
-        image.value = png(plot_explored_programs(*(control.value for control in controls)))
+        values: list[Any] = [control.value for control in controls]
+        image.value = png(plot_explored_programs(*values[:-1], window=values[-1] or None))
 
     for control in controls:
         control.observe(redraw, names="value")
