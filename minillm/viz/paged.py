@@ -410,8 +410,8 @@ def explore_programs(
     image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
     def redraw(_: Any = None) -> None:
-        values: list[Any] = [control.value for control in controls]
-        image.value = png(plot_explored_programs(*values[:-1], window=values[-1] or None))
+        batch, group, kv_heads, processors, window = (control.value for control in controls)
+        image.value = png(plot_explored_programs(batch, group, kv_heads, processors, window or None))
 
     for control in controls:
         control.observe(redraw, names="value")
