@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.cache.backends import attention_backend as choose_backend
 from minillm.cache.block_pool import BlockPool
-from minillm.checks import check_size, check_text, check_token_ids
+from minillm.checks import check_size, check_token_ids
 from minillm.engine.beam_search import beam_search
 from minillm.engine.cuda_graphs import ladder
 from minillm.engine.engine import Engine
@@ -31,7 +31,7 @@ from minillm.engine.trace import Trace
 from minillm.errors import ConfigError, InvalidRequestError, OutOfMemoryError, TokenizerError
 from minillm.models.loader import load_model
 from minillm.models.source import resolve
-from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids
+from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids, token_ids
 from minillm.text import read_json
 from minillm.transformer.linear import QUANTIZATIONS, pack, quantize
 from minillm.transformer.search import Hypothesis
@@ -145,7 +145,7 @@ class LLM:
         backend = choose_backend(attention_backend, decoder.device, decoder.dtype)
         graphs = backend.name == "triton" and not enforce_eager
         self.generation_config = _generation_config(path)
-        """What the model's publisher recommends of sampling, by generation_config.json's names."""
+        """What the model's publisher recommends in generation_config.json, by `SamplingParams`' names."""
         self._end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
         self._sizes = sizes
         with note_compiling():
@@ -306,10 +306,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's publisher recommends in generation_config.json, else vLLM's defaults."""
-        said = dict(self.generation_config)
-        if "max_new_tokens" in said:
-            said["max_tokens"] = said.pop("max_new_tokens")
-        return SamplingParams(**said)
+        return SamplingParams(**self.generation_config)
 
     def get_metrics(self) -> list[Metric]:
         """Counters since the start, and how things stand."""
@@ -469,9 +466,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         InvalidRequestError: a text that no tokenizer can read.
     """
-    check_text(text)
+    plain = token_ids(tokenizer, text)
     ids: list[int] = tokenizer(text).input_ids
-    plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     at = len(ids) - len(plain)
     has_them = at > 0 and ids[at:] == plain and plain[:at] == ids[:at]
     return plain if has_them else ids
@@ -523,4 +519,7 @@ def _generation_config(path: Path) -> dict[str, Any]:
     if path.is_file() or not file.exists():
         return {}
     said = read_json(file, ConfigError)
-    return {name: said[name] for name in GENERATION_CONFIG if said.get(name) is not None}
+    found = {name: said[name] for name in GENERATION_CONFIG if said.get(name) is not None}
+    if "max_new_tokens" in found:
+        found["max_tokens"] = found.pop("max_new_tokens")
+    return found

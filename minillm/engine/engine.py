@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minillm.cache.block_table import BlockTable
-from minillm.checks import check_text, check_token_ids
+from minillm.checks import check_token_ids
 from minillm.engine.detokenizer import Detokenizer
 from minillm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from minillm.engine.params import RequestOutputKind, SamplingParams
@@ -26,6 +26,7 @@ from minillm.engine.sampler import Choice
 from minillm.engine.scheduler import Schedule, Scheduled, Scheduler
 from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
+from minillm.models.tokenizer import token_ids
 
 
 class Runner(Protocol):
@@ -245,9 +246,7 @@ class Engine:
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as it is cut at the beginning of a text and behind a space."""
         texts = [text for word in params.bad_words or () for text in (word, " " + word.lstrip())]
-        for text in texts:
-            check_text(text)
-        found = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        found = [token_ids(self.tokenizer, text) for text in texts]
         return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:

@@ -68,8 +68,17 @@ def chat_prompt(
         text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template may raise what it likes
         raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
+    return text, token_ids(tokenizer, text)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's tokens, without special ones in front.
+
+    Raises:
+        InvalidRequestError: a text that no tokenizer can read.
+    """
     check_text(text)
-    return text, tokenizer(text, add_special_tokens=False).input_ids
+    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

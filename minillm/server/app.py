@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minillm import __version__
 from minillm.checks import check_token_ids
+from minillm.engine.outputs import RequestOutput
 from minillm.errors import MinillmError
 from minillm.llm import LLM
 from minillm.server import responses
@@ -129,10 +130,7 @@ async def completions(asked: CompletionRequest, request: Request, service: Servi
     if asked.stream:
         chunks = responses.completion_chunks(answer, merged(streams), include_usage=asked.wants_usage)
         return EventStream(chunks, streams)
-    outputs = await unless_disconnected(request, whole(streams))
-    if outputs is None:
-        return Response(status_code=CLIENT_HAS_GONE)
-    return _json(responses.completion(answer, outputs))
+    return await _whole(request, streams, lambda outputs: responses.completion(answer, outputs))
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
@@ -147,10 +145,17 @@ async def chat_completions(asked: ChatCompletionRequest, request: Request, servi
     if asked.stream:
         chunks = responses.chat_chunks(answer, merged(streams), include_usage=asked.wants_usage)
         return EventStream(chunks, streams)
+    return await _whole(request, streams, lambda outputs: responses.chat_completion(answer, outputs[0]))
+
+
+async def _whole(
+    request: Request, streams: Sequence[RequestStream], answer: Callable[[list[RequestOutput]], BaseModel]
+) -> Response:
+    """The answer that is made of all outputs, if somebody still waits for it."""
     outputs = await unless_disconnected(request, whole(streams))
     if outputs is None:
         return Response(status_code=CLIENT_HAS_GONE)
-    return _json(responses.chat_completion(answer, outputs[0]))
+    return Response(answer(outputs).model_dump_json(), media_type="application/json")
 
 
 @router.get("/v1/models")
@@ -211,10 +216,6 @@ async def version() -> VersionResponse:
 async def metrics(service: Serving) -> Response:
     """How things stand, for Prometheus."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 # --- the whole

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 1
 
 STATUSES: dict[type[MinillmError], int] = {
+    UnknownModelError: 404,  # before its base
     InvalidRequestError: 400,
     TokenizerError: 400,
     OverloadedError: 429,
@@ -58,8 +59,6 @@ def told(error: Exception) -> ErrorResponse:
 
 def status(error: Exception) -> int:
     """The HTTP status that says what kind of error it is."""
-    if isinstance(error, UnknownModelError):
-        return 404
     return next((number for kind, number in STATUSES.items() if isinstance(error, kind)), 500)
 
 

@@ -7,14 +7,13 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-from minillm.checks import check_text
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
 from minillm.errors import InvalidRequestError, ShuttingDownError
 from minillm.llm import LLM, encode_prompt
-from minillm.models.tokenizer import chat_prompt
+from minillm.models.tokenizer import chat_prompt, token_ids
 from minillm.server.engine_thread import EngineThread, RequestStream
 from minillm.server.metrics import ServerMetrics
 from minillm.server.protocol import ChatFields, CompletionRequest
@@ -61,9 +60,7 @@ class Service:
         self.engine = EngineThread(llm.engine, max_requests=config.max_requests, listener=self.metrics.observe)
         self.is_draining = False
         self.created = int(time.time())
-        self.defaults: dict[str, Any] = dict(llm.generation_config)
-        if "max_new_tokens" in self.defaults:
-            self.defaults["max_tokens"] = self.defaults.pop("max_new_tokens")
+        self.defaults = llm.generation_config
         template_options = inspect.signature(self.tokenizer.apply_chat_template).parameters
         self._template_options = frozenset(template_options) - {"kwargs"} | {"tokenizer"}
 
@@ -107,10 +104,7 @@ class Service:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """A text's tokens, with the tokenizer's special ones or without."""
-        if special:
-            return encode_prompt(self.tokenizer, text)
-        check_text(text)
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False).input_ids)
+        return encode_prompt(self.tokenizer, text) if special else token_ids(self.tokenizer, text)
 
     def conversation(self, asked: ChatFields) -> TokenizedPrompt:
         """A conversation as the chat template writes it.
