@@ -13,6 +13,8 @@ How it maps to the hardware:
   on shapes only: nothing is asked of the GPU before the launch, so that the launch can be captured in a CUDA graph.
 - Keys come in tiles of 32 or more, gathered through the block table whatever the block size: each row of a tile is
   contiguous memory of head_dim numbers, which is what coalesced loads need.
+- Single queries want small tiles and prompts large ones. A step that has both is two launches of the same kernel, each
+  of which passes over the sequences that are the other's.
 - **Split-KV** (Dao et al. 2023, "Flash-Decoding"): a few single queries are far fewer programs than a GPU has
   multiprocessors. Then the keys of each sequence are divided among several programs, each of which leaves its largest
   score, its sum and its mean, and a second kernel puts these together. `num_splits` says into how many.
@@ -41,6 +43,8 @@ MAX_SPLITS = 64
 MIN_KEYS_PER_SPLIT = 256
 PROGRAMS_PER_PROCESSOR = 4
 """`minillm bench gpu-attention` tries other numbers of splits beside those that these give; see docs/benchmarks.md."""
+MANY_ROWS = tl.constexpr(64)
+"""Rows of a long prompt's tiles. On an H100 a prompt of 4,096 (32/8 heads of 128) takes 456 µs so, 466 by 128 rows."""
 
 
 @triton.jit
@@ -56,7 +60,10 @@ def _sequence_of(query_starts, tile, num_seqs, QUERIES: tl.constexpr):
     return low - 1
 
 
-@triton.jit(do_not_specialize=["window", "num_seqs", "table_row", "num_splits"])  # else each new value may compile
+NUMBERS = ("window", "num_seqs", "table_row", "num_splits", "fewest", "most")
+
+
+@triton.jit(do_not_specialize=NUMBERS)  # else each new value may compile
 def _attend(
     q,
     k_cache,
@@ -77,6 +84,8 @@ def _attend(
     kv_block,
     kv_head_stride,
     num_splits,
+    fewest,
+    most,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -90,10 +99,12 @@ def _attend(
 ):
     QUERIES: tl.constexpr = ROWS // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    seq = _sequence_of(query_starts, tile, num_seqs, QUERIES)
+    seq = tile  # where one tile is enough for each
+    if most > QUERIES:
+        seq = _sequence_of(query_starts, tile, num_seqs, QUERIES)
     start, end = tl.load(query_starts + seq), tl.load(query_starts + seq + 1)
-    first = (tile - (start // QUERIES + seq)) * QUERIES
-    if first >= end - start:
+    first = tl.where(most > QUERIES, (tile - (start // QUERIES + seq)) * QUERIES, 0)
+    if first >= end - start or end - start < fewest or end - start > most:
         return
     length = tl.load(seq_lens + seq)
 
@@ -125,31 +136,43 @@ def _attend(
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, DIM], tl.float32)
     table = block_tables + seq.to(tl.int64) * table_row
-    for begin in range(since, to, KEYS):
-        key = begin + tl.arange(0, KEYS)
-        is_key = key < to
-        block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        place = block * kv_block + kv_head * kv_head_stride + (key % BLOCK_SIZE) * HEAD_DIM
-        kept = is_key[:, None] & is_dim[None, :]
-        keys = tl.load(k_cache + place[:, None] + dim[None, :], mask=kept, other=0.0)
-        values = tl.load(v_cache + place[:, None] + dim[None, :], mask=kept, other=0.0)
-        if WIDEN:
-            keys, values = keys.to(tl.float32), values.to(tl.float32)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        if HAS_CAP:
-            scores = soft_cap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634 / soft_cap))) - 1.0)
-        scores = scores * 1.4426950408889634
-        sees = is_key[None, :] & (key[None, :] <= position[:, None])
-        if HAS_WINDOW:
-            sees = sees & (key[None, :] > position[:, None] - window)
-        scores = tl.where(sees, scores, float("-inf"))
-        best = tl.maximum(largest, tl.max(scores, 1))
-        finite = tl.where(best == float("-inf"), 0.0, best)  # a row that has seen nothing yet: −inf − −inf is no number
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(largest - finite)
-        total = total * shrink + tl.sum(weights, 1)
-        mean = mean * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        largest = best
+    # Tiles of keys that every query sees whole come first: nothing need be hidden there.
+    HIDES_ALWAYS: tl.constexpr = HAS_WINDOW or ROWS < MANY_ROWS
+    whole = since
+    if not HIDES_ALWAYS:
+        whole += tl.maximum(tl.minimum(to, length - (end - start) + first + 1) - since, 0) // KEYS * KEYS
+    for hides in tl.static_range(1 if HIDES_ALWAYS else 0, 2):
+        for begin in range(whole if hides else since, to if hides else whole, KEYS):
+            key = begin + tl.arange(0, KEYS)
+            is_key = key < to
+            block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+            place = block * kv_block + kv_head * kv_head_stride + (key % BLOCK_SIZE) * HEAD_DIM
+            kept = is_key[:, None] & is_dim[None, :]
+            if hides or HEAD_DIM != DIM:
+                keys = tl.load(k_cache + place[:, None] + dim[None, :], mask=kept, other=0.0)
+                values = tl.load(v_cache + place[:, None] + dim[None, :], mask=kept, other=0.0)
+            else:
+                keys = tl.load(k_cache + place[:, None] + dim[None, :])
+                values = tl.load(v_cache + place[:, None] + dim[None, :])
+            if WIDEN:
+                keys, values = keys.to(tl.float32), values.to(tl.float32)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            if HAS_CAP:
+                scores = soft_cap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634 / soft_cap))) - 1.0)
+            scores = scores * 1.4426950408889634
+            if hides:
+                sees = is_key[None, :] & (key[None, :] <= position[:, None])
+                if HAS_WINDOW:
+                    sees = sees & (key[None, :] > position[:, None] - window)
+                scores = tl.where(sees, scores, float("-inf"))
+            best = tl.maximum(largest, tl.max(scores, 1))
+            # A row that has seen nothing yet: −inf − −inf is no number.
+            finite = tl.where(best == float("-inf"), 0.0, best)
+            weights = tl.exp2(scores - finite[:, None])
+            shrink = tl.exp2(largest - finite)
+            total = total * shrink + tl.sum(weights, 1)
+            mean = mean * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+            largest = best
 
     if SPLIT:
         # [token, head, split]: the split's mean, its largest score and its sum.
@@ -206,8 +229,37 @@ def tile_of(dtype: torch.dtype, head_dim: int, group: int, max_query_len: int) -
         return Tile(least, keys, 8 if exact and head_dim > 128 else 4, 2)
     if exact:
         return Tile(least, 32, 8 if head_dim >= 128 else 4, 2)
-    rows = min(64 if head_dim > 128 else 128, triton.next_power_of_2(max_query_len * group))
-    return Tile(max(least, rows), 64, 8 if rows == 128 or head_dim > 128 else 4, 2)
+    rows = min(MANY_ROWS.value, triton.next_power_of_2(max_query_len * group))
+    return Tile(max(least, rows), 64, 8 if head_dim > 128 else 4, 2)
+
+
+class Launch(NamedTuple):
+    """One launch of the kernel, for the sequences that have from `fewest` to `most` queries.
+
+    Attributes:
+        num_tiles: of queries, as many as these sequences can have; each is a program for each head and split.
+    """
+
+    tile: Tile
+    fewest: int
+    most: int
+    num_tiles: int
+
+
+def launches(
+    dtype: torch.dtype, head_dim: int, group: int, num_tokens: int, num_seqs: int, max_query_len: int
+) -> list[Launch]:
+    """One launch for all sequences, or, where some may have few queries and some have many, one for each kind."""
+    few = tile_of(dtype, head_dim, group, 1).rows // group
+    kinds = [(1, max_query_len)]
+    if few < max_query_len and num_tokens < num_seqs * max_query_len:
+        kinds = [(1, few), (few + 1, max_query_len)]
+    found = []
+    for fewest, most in kinds:
+        tile = tile_of(dtype, head_dim, group, most)
+        queries = tile.rows // group
+        found.append(Launch(tile, fewest, most, num_seqs if most <= queries else num_tokens // queries + num_seqs))
+    return found
 
 
 def _padded(head_dim: int) -> int:
@@ -254,9 +306,6 @@ def paged_attention(
     _, kv_heads, block_size, _ = k_cache.shape
     seqs = len(seq_lens)
     group = heads // kv_heads
-    tile = tile_of(q.dtype, head_dim, group, max_query_len)
-    rows = tile.rows
-    tiles = tokens // (rows // group) + seqs
     splits = 1
     if max_query_len == 1:
         max_keys = block_tables.shape[1] * block_size
@@ -267,39 +316,42 @@ def paged_attention(
     else:
         target = torch.empty((tokens, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((tokens, heads, splits, 2), dtype=torch.float32, device=q.device)
-    _attend[(tiles, kv_heads, splits)](
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_starts,
-        seq_lens,
-        target,
-        stats,
-        scale,
-        soft_cap or 1.0,
-        window or 0,
-        seqs,
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        block_tables.stride(0),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        splits,
-        **constants(
-            tile,
-            group,
-            head_dim,
-            block_size,
-            split=splits > 1,
-            HAS_WINDOW=window is not None,
-            HAS_CAP=soft_cap is not None,
-            WIDEN=needs_widening(q.dtype),
-        ),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    for tile, fewest, most, num_tiles in launches(q.dtype, head_dim, group, tokens, seqs, max_query_len):
+        _attend[(num_tiles, kv_heads, splits)](
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            query_starts,
+            seq_lens,
+            target,
+            stats,
+            scale,
+            soft_cap or 1.0,
+            window or 0,
+            seqs,
+            q.stride(0),
+            q.stride(1),
+            out.stride(0),
+            block_tables.stride(0),
+            k_cache.stride(0),
+            k_cache.stride(1),
+            splits,
+            fewest,
+            most,
+            **constants(
+                tile,
+                group,
+                head_dim,
+                block_size,
+                split=splits > 1,
+                HAS_WINDOW=window is not None,
+                HAS_CAP=soft_cap is not None,
+                WIDEN=needs_widening(q.dtype),
+            ),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     if splits > 1:
         _merge[(tokens * heads,)](
             target,
@@ -327,7 +379,7 @@ def argument_types(dtype: str, *, split: bool) -> dict[str, str]:
     pointers |= dict.fromkeys(("block_tables", "query_starts", "seq_lens"), "*i64:16")
     pointers |= dict.fromkeys(("out", "stats"), "*fp32:16" if split else f"*{dtype}:16")
     strides = dict.fromkeys(("q_token", "q_head", "out_token", "kv_block", "kv_head_stride"), "i32:16")
-    numbers = dict.fromkeys(("window", "num_seqs", "table_row", "num_splits"), "i32")
+    numbers = dict.fromkeys(NUMBERS, "i32")
     return pointers | strides | numbers | {"scale": "fp32", "soft_cap": "fp32"}
 
 

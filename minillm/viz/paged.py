@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from math import ceil
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from minillm.errors import InvalidRequestError
 from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, png
+
+if TYPE_CHECKING:
+    from minillm.kernels.gpu.paged_attention import Launch
 
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
 """A sequence's, beside its colour."""
@@ -198,6 +201,7 @@ class Program(NamedTuple):
     """One program of the GPU kernel's grid.
 
     Attributes:
+        launch: which launch of the kernel it belongs to.
         tile, kv_head, split: its place in the grid.
         seq: the sequence that it works for; None where the grid is larger than the work.
         queries: rows of `q` that are its own.
@@ -206,6 +210,7 @@ class Program(NamedTuple):
         blocks: physical blocks that it reads, in order.
     """
 
+    launch: int
     tile: int
     kv_head: int
     split: int
@@ -239,31 +244,42 @@ def program_grid(
 
     starts, lengths = query_starts.tolist(), seq_lens.tolist()
     longest = max(end - start for start, end in pairwise(starts))
-    rows, step, *_ = kernel.tile_of(dtype, head_dim, group, longest)
-    queries = rows // group
-    tiles = starts[-1] // queries + len(lengths)
     splits = 1
     if longest == 1:
         processors = kernel._processors(torch.device("cpu")) if processors is None else processors
         splits = kernel.num_splits(len(lengths) * kv_heads, block_tables.shape[1] * block_size, processors)
-    first_tiles = [start // queries + seq for seq, start in enumerate(starts[:-1])]
     programs = []
-    for tile in range(tiles):
-        seq = bisect_right(first_tiles, tile) - 1
-        first = starts[seq] + (tile - first_tiles[seq]) * queries
-        mine = range(first, min(first + queries, starts[seq + 1]))
-        behind = lengths[seq] - starts[seq + 1]  # a query's position is its row of q plus this
-        for kv_head in range(kv_heads):
-            for split in range(splits):
+    launches = kernel.launches(dtype, head_dim, group, starts[-1], len(lengths), longest)
+    for number, launch in enumerate(launches):
+        for tile in range(launch.num_tiles):
+            seq, mine = _queries_of(launch, tile, starts, group)
+            for kv_head, split in product(range(kv_heads), range(splits)):
+                place = (number, tile, kv_head, split)
                 if not mine:
-                    programs.append(Program(tile, kv_head, split, None, mine, range(0), 0, ()))
+                    programs.append(Program(*place, None, mine, range(0), 0, ()))
                     continue
-                since = 0 if window is None else max(first + behind - window + 1, 0) // step * step
+                behind = lengths[seq] - starts[seq + 1]  # a query's position is its row of q plus this
+                step = launch.tile.keys
+                since = 0 if window is None else max(mine.start + behind - window + 1, 0) // step * step
                 keys = _split_of(since, mine.stop + behind, step, split, splits)
                 numbers = range(keys.start // block_size, -(-keys.stop // block_size)) if keys else range(0)
                 blocks = tuple(int(block_tables[seq, number]) for number in numbers)
-                programs.append(Program(tile, kv_head, split, seq, mine, keys, numbers.start, blocks))
+                programs.append(Program(*place, seq, mine, keys, numbers.start, blocks))
     return programs
+
+
+def _queries_of(launch: Launch, tile: int, starts: Sequence[int], group: int) -> tuple[int, range]:
+    """The sequence of a tile of queries, and the rows of `q` that are its own: none where the kernel returns at once."""
+    queries = launch.tile.rows // group
+    if launch.most <= queries:
+        seq, first = tile, starts[tile]
+    else:
+        first_tiles = [start // queries + seq for seq, start in enumerate(starts[:-1])]
+        seq = bisect_right(first_tiles, tile) - 1
+        first = starts[seq] + (tile - first_tiles[seq]) * queries
+    if not launch.fewest <= starts[seq + 1] - starts[seq] <= launch.most:
+        return seq, range(0)
+    return seq, range(first, min(first + queries, starts[seq + 1]))
 
 
 def _split_of(since: int, to: int, step: int, split: int, splits: int) -> range:
@@ -287,7 +303,11 @@ def plot_programs(programs: Sequence[Program], num_blocks: int, *, title: str = 
     for row, program in enumerate(programs):
         if program.seq is None or not program.blocks:
             axes.add_patch(Rectangle((-0.5, row - 0.5), num_blocks, 1, facecolor=LIGHT, edgecolor="white"))
-            text = "has nothing to read and returns" if program.seq is not None else "has no queries and returns"
+            text = (
+                "has nothing to read and returns"
+                if program.seq is not None
+                else "has no queries of its own and returns"
+            )
             axes.text((num_blocks - 1) / 2, row, text, ha="center", va="center", fontsize=8, color="#444444")
             continue
         for number, block in enumerate(program.blocks, start=program.first_block):
@@ -302,7 +322,7 @@ def plot_programs(programs: Sequence[Program], num_blocks: int, *, title: str = 
     axes.set_xticks(range(0, num_blocks, 1 if num_blocks <= 30 else 2))
     axes.set_xlabel("physical block (the number in a cell: which block of its sequence it is)")
     axes.set_ylabel("program")
-    axes.set_title("(tile, KV head, split), its queries", loc="left", x=-0.1, fontsize=9)
+    axes.set_title("launch: (tile, KV head, split), its queries", loc="left", x=-0.1, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[["top", "right"]].set_visible(False)
     seqs = sorted({program.seq for program in programs if program.seq is not None})
@@ -313,7 +333,7 @@ def plot_programs(programs: Sequence[Program], num_blocks: int, *, title: str = 
 
 
 def _label(program: Program) -> str:
-    place = f"({program.tile}, {program.kv_head}, {program.split})"
+    place = f"{program.launch}: ({program.tile}, {program.kv_head}, {program.split})"
     mine = program.queries
     own = "-" if not mine else f"q {mine.start}" if len(mine) == 1 else f"q {mine.start}–{mine.stop - 1}"
     return f"{place} {own:>7}"

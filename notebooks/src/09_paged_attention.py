@@ -573,17 +573,21 @@ show_part(gpu._attend, "QUERIES: tl.constexpr", "length =")
 # %% [markdown]
 # A program has up to `QUERIES` queries of *one* sequence, with all query heads that share its key/value head. They are
 # packed as the rows of one tile: `ROWS` = queries × group. A key that was fetched meets all of them in one matrix
-# product. `_sequence_of` finds the sequence of a tile by bisection in `query_starts`.
+# product. Where one tile is enough for each sequence, the tile's number is the sequence's; else `_sequence_of` finds it
+# by bisection in `query_starts`. A step with prompts and decodes is launched twice, with large tiles for sequences of
+# many queries and small ones for those of few: `fewest` and `most` say whose turn it is.
 #
 # Now the loop. It goes over the sequence's keys in steps of `KEYS`:
 
 # %%
-show_part(gpu._attend, "for begin in range(since, to, KEYS)", "values = tl.load")
+show_part(gpu._attend, "for begin in range(", "if hides or")
 
 # %% [markdown]
 # `key` is a tile of positions, and `key // BLOCK_SIZE` their logical blocks. `tl.load` fetches the physical ones from
 # the table, all at once. Then `place` says where in the cache each key begins: it is notebook 08's slot formula, once
-# more. The `mask` makes sure that nothing is read that is not there. Then:
+# more. The mask `kept` makes sure that nothing is read that is not there. Keys and values are loaded, queries and keys
+# multiplied. (The loop is written once and stands twice in the compiled code, by `hides`: large tiles of queries go over
+# the keys that all of them see first, where nothing need be hidden.) Then:
 
 # %%
 show_part(gpu._attend, "best = tl.maximum", "largest = best")
@@ -615,7 +619,7 @@ assert tile.rows == 16
 #
 # A mixed batch, as the engine makes them: 16 tokens of a prompt whose first 8 tokens are stored already, and two
 # decodes; two key/value heads with two query heads each, blocks of 4. `program_grid` lists the programs with the
-# kernel's own functions (`tile_of`, `num_splits`) and the arithmetic of its first lines.
+# kernel's own functions (`launches`, `num_splits`) and the arithmetic of its first lines.
 
 # %%
 small = {"kv_heads": 2, "group": 2, "head_dim": 8, "block_size": 4}
@@ -627,13 +631,14 @@ plt.show()
 # %% [markdown]
 # What to see:
 #
+# - The batch has both kinds, so there are two launches: number 0 for the decodes, with a tile for each sequence, and
+#   number 1 for the prompt. Each has programs for the other's sequences, which return at once.
 # - Sequence 0 has 16 new tokens, and a tile of 16 rows has room for 8 with 2 heads each. So two tiles read its blocks,
 #   the second one more of them: the queries of the first see nothing that stands behind them.
 # - Each program reads the same blocks as its neighbour for the other head, but another part of them. (A block holds the
 #   keys of all heads.)
-# - Two programs have no queries. The grid is `tokens // QUERIES + sequences` tiles, which depends on shapes only. That
-#   is at least as many as are needed, and nobody has to ask the GPU for the numbers before the launch. A program
-#   without queries returns at once.
+# - The second grid is `tokens // QUERIES + sequences` tiles, which depends on shapes only. That is at least as many as
+#   are needed, and nobody has to ask the GPU for the numbers before the launch.
 #
 # Is the picture true? We can find out without looking into the kernel. **Poison** one block: set its values to `nan`
 # and see whose outputs become `nan`. Those have read it.

@@ -358,13 +358,14 @@ assert used_share(channels_first[2, :, :, 7].flatten().tolist(), 2) < 0.1
 
 # %%
 source = inspect.getsource(paged_attention._attend.fn)
-loop = source[source.index("    for begin in range") : source.index("    if SPLIT:\n        # [token")]
+loop = source[source.index("    # Tiles of keys that every") : source.index("    if SPLIT:\n        # [token")]
 Markdown(f"From `minillm/kernels/gpu/paged_attention.py`:\n```python\n{loop}```")
 
 # %% [markdown]
 # Compare it with the first kernel of section 2. `place` is a tile of addresses again, with one row for each key, found
 # through the block table. `kept` is the mask for the ragged end: a sequence does not end with a tile, and a head's
-# channels need not be a power of two.
+# channels need not be a power of two. `static_range` writes the loop out twice: a prompt's tiles of queries see most
+# tiles of keys whole, and the first copy of the loop has no masks (`docs/benchmarks.md` says what that is worth).
 #
 # ### Why heads are packed
 #

@@ -99,8 +99,8 @@ ATTENTION: dict[str, Callable[[], None]] = {
     "bf16 4x256 prompt, window": partial(attention, "bf16", 4, 256, 500, window=1024),
     "fp32 4x128 prompt": partial(attention, "fp32", 4, 128, 500),
 }
-SPILLS = {"bf16 4x256 prompt, window": 64, "fp32 4x128 prompt": 16}
-"""Bytes that are let through: queries and means of 256 channels alone are half of all registers."""
+SPILLS = 64
+"""Bytes that prompts' kernels may spill: none is faster on an H100 (more warps, or more rows, with none or fewer)."""
 OTHERS: dict[str, Callable[[], None]] = {
     **{f"{dtype} key/value write": partial(write, dtype) for dtype in ("fp32", "bf16")},
     **{f"bf16 RMSNorm of {size}": partial(norm, "bf16", size) for size in (4096, rms_norm.LARGEST)},
@@ -179,7 +179,7 @@ def test_attention_fits(name, capability, report):
     assert list(kernels) == (["_attend", "_merge"] if "decode" in name else ["_attend"])
     found = kernels["_attend"]
     assert found["shared"] <= SHARED_MEMORY[capability]
-    assert found["spills"] <= SPILLS.get(name, 0)
+    assert found["spills"] <= (SPILLS if "prompt" in name else 0)
     if "decode" in name:
         assert 2 * found["shared"] <= SHARED_MEMORY[capability]
         assert 2 * 128 * found["registers"] <= 65_536, "two programs of four warps: one waits, the other works"

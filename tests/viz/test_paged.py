@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
@@ -207,13 +209,15 @@ def test_the_grid_has_the_kernel_s_size(monkeypatch):
             return lambda *arguments, **constants: None
 
     monkeypatch.setattr(kernel, "_attend", Attend())
-    for queries, lengths in (([16, 1], [16, 9]), ([7], [7]), ([1] * 5, [4] * 5)):
+    for queries, lengths, count in (([16, 1], [16, 9], 2), ([7], [7], 1), ([1] * 5, [4] * 5, 1), ([9, 9], [9, 9], 1)):
+        launched.clear()
         case = make_case(queries, lengths, kv_heads=2, group=2, head_dim=8, block_size=4)
         kernel.paged_attention(*case.arguments, max_query_len=max(queries), scale=1.0)
         programs = grid_of(case, block_size=4, group=2)
-        tiles, heads, splits = launched[-1]
-        expected = [(t, h, s) for t in range(tiles) for h in range(heads) for s in range(splits)]
-        assert [program[:3] for program in programs] == expected
+        assert len(launched) == count
+        assert [program[:4] for program in programs] == [
+            (number, *place) for number, grid in enumerate(launched) for place in product(*map(range, grid))
+        ]
 
 
 def test_more_multiprocessors_want_more_splits():
@@ -235,7 +239,7 @@ def test_cells_are_drawn_where_programs_read():
     }
     assert drawn(figure) == expected
     written = {text.get_text() for text in figure.axes[0].texts}
-    assert "has no queries and returns" in written
+    assert "has no queries of its own and returns" in written
     assert {"0", "3"} <= written
 
 
