@@ -109,7 +109,8 @@ function sampling() {
 
 function showSettings() {
   const longest = Math.ceil(Math.log2(settings.max_model_len)) - 1; // the largest power of two that leaves room
-  $("model").textContent = `${settings.model} · ${settings.max_model_len} tokens of context`;
+  $("model").textContent = settings.model;
+  $("context").textContent = `${settings.max_model_len} tokens of context`;
   $("max_tokens").max = settings.chat_refusal ? longest : longest + 1;
   $("max_tokens").value = settings.chat_refusal ? Math.min(7, longest) : longest + 1;
   for (const name of ["temperature", "top_p", "top_k"]) $(name).value = settings[name];
@@ -239,7 +240,9 @@ $("text").onkeydown = (event) => {
   $("composer").requestSubmit();
 };
 
-document.onkeydown = (event) => event.key === "Escape" && stopper?.abort();
+document.onkeydown = (event) => {
+  if (event.key === "Escape") stopper?.abort();
+};
 $("stop").onclick = () => stopper?.abort();
 
 $("new").onclick = () => {
@@ -253,13 +256,15 @@ $("new").onclick = () => {
 
 const SECONDS_OF_RATE = 2;
 const WAIT_MS = 2000; // before a lost connection is tried again
+const FEWEST_SHOWN = 256; // blocks
 const NUM_COLOURS = 5; // of the requests of others
 const LARGEST_CELL = 14;
-const MOST_HEIGHT = 300; // of the pool, in pixels, while its blocks can still be seen
+const MOST_HEIGHT = 230; // of the pool, in pixels, while its blocks can still be seen
 
 let latest = null; // the last snapshot
 let selected = null; // the name of the request whose blocks stand out
 let watcher = null; // an AbortController while this page watches
+let mostShown = 0; // blocks that have been drawn
 let lastColour = 0;
 const colours = new Map(); // request → number of its colour
 const counts = new Map(); // request, or "" for all → [time, tokens written], of the last seconds
@@ -289,7 +294,8 @@ function watchWhileVisible() {
 }
 
 function draw() {
-  const requests = [...latest.running, ...latest.waiting];
+  const requests = [...latest.running, ...latest.waiting]; // in the engine's order, but this page's in front
+  requests.sort((one, other) => isMine(other.name) - isMine(one.name));
   const names = new Set(requests.map((request) => request.name));
   for (const known of [colours, counts]) for (const name of known.keys()) if (name && !names.has(name)) known.delete(name);
   if (!names.has(selected)) selected = null;
@@ -307,6 +313,8 @@ function drawFigures() {
   const { prefix_cache_hits, prompt_tokens } = latest;
   $("hits").textContent = prompt_tokens ? `${((100 * prefix_cache_hits) / prompt_tokens).toFixed(0)} %` : "–";
   $("held").textContent = `– ${num_held} of ${num_blocks} held, ${block_size} tokens each`;
+  const rest = num_blocks - numShown(latest);
+  $("unused").textContent = rest ? `and ${rest} that have not been used yet` : "";
 }
 
 // Tokens a second over the last seconds.
@@ -333,9 +341,17 @@ function colourOf(name) {
   return `--request-${colours.get(name)}`;
 }
 
-// For each block the name of its colour.
-function ownersOf({ num_blocks, found_again, running }) {
-  const owners = new Array(num_blocks).fill("--free");
+// How many blocks are drawn: the pool, but for the part of it that has not been used yet.
+function numShown({ num_blocks, found_again, running }) {
+  let end = FEWEST_SHOWN;
+  for (const runs of [found_again, ...running.map((request) => request.blocks)])
+    for (let at = 0; at < runs.length; at += 2) while (end < runs[at] + runs[at + 1]) end *= 2;
+  return (mostShown = Math.min(num_blocks, Math.max(mostShown, end)));
+}
+
+// For each of these blocks the name of its colour.
+function ownersOf({ found_again, running }) {
+  const owners = new Array(numShown(latest)).fill("--free");
   const held = new Set();
   for (const block of blocksOf(found_again)) owners[block] = "--kept";
   for (const { name, blocks } of running) {
@@ -450,7 +466,9 @@ async function begin() {
   showSettings();
   watchWhileVisible();
   document.onvisibilitychange = watchWhileVisible;
-  window.onresize = () => latest && draw();
+  window.onresize = () => {
+    if (latest) draw();
+  };
   matchMedia("(prefers-color-scheme: dark)").onchange = window.onresize;
 }
 
