@@ -14,10 +14,15 @@ from minillm.server.service import abort
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; whatever ends it stops the requests behind it."""
+    """Server-sent events; whatever ends it stops the requests behind it.
+
+    Their common id is told at once, in OpenAI's header: a request may wait long for its first piece.
+    """
 
     def __init__(self, chunks: AsyncIterator[BaseModel], streams: Sequence[RequestStream] = ()) -> None:
         super().__init__(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        if streams:
+            self.headers["X-Request-Id"] = streams[0].request_id.rpartition("-")[0]
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -41,6 +41,9 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 SECONDS_BETWEEN_LOOKS = 0.2
+"""At least."""
+MOST_SHARE = 0.05
+"""Of the engine's time, for looks: one that takes long, at a large pool, is taken less often."""
 MOST_WAITING = 50
 """Waiting requests that are told of one by one."""
 
@@ -52,14 +55,21 @@ class Watch:
         self._engine = engine
         self._begun = -float("inf")
         self._look: asyncio.Task[LiveSnapshot] | None = None
+        self.seconds_between = SECONDS_BETWEEN_LOOKS
 
     async def latest(self) -> LiveSnapshot:
         """How things stand, or stood a moment ago."""
         now = time.monotonic()
-        if self._look is None or (self._look.done() and now - self._begun >= SECONDS_BETWEEN_LOOKS):
+        if self._look is None or (self._look.done() and now - self._begun >= self.seconds_between):
             self._begun = now
-            self._look = asyncio.create_task(self._engine.ask(snapshot))
+            self._look = asyncio.create_task(self._engine.ask(self._timed))
         return await asyncio.shield(self._look)  # whoever leaves does not end the look of the others
+
+    def _timed(self, engine: Engine) -> LiveSnapshot:
+        begun = time.perf_counter()
+        found = snapshot(engine)
+        self.seconds_between = max(SECONDS_BETWEEN_LOOKS, (time.perf_counter() - begun) / MOST_SHARE)
+        return found
 
 
 def snapshot(engine: Engine) -> LiveSnapshot:
@@ -91,7 +101,7 @@ def _request(request: Request) -> LiveRequest:
         written=len(request.output_token_ids),
         max_tokens=request.max_tokens,
         preemptions=request.metrics.num_preemptions,
-        blocks=runs(request.table.blocks),
+        blocks=list(request.table.blocks),
     )
 
 
@@ -158,4 +168,4 @@ def _giver(path: Path, media_type: str) -> Callable[[], FileResponse]:
 async def _snapshots(service: Service, watch: Watch) -> AsyncIterator[LiveSnapshot]:
     while not service.is_drained:
         yield await watch.latest()
-        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        await asyncio.sleep(watch.seconds_between)

@@ -452,7 +452,7 @@ class LiveRequest(BaseModel):
     written: int
     max_tokens: int
     preemptions: int
-    blocks: list[int] = Field(description="Its block table, in runs: first block, count, first block, count, …")
+    blocks: list[int] = Field(description="Its block table.")
 
 
 class LiveSnapshot(BaseModel):
@@ -462,7 +462,9 @@ class LiveSnapshot(BaseModel):
     num_blocks: int
     num_held: int
     block_size: int
-    found_again: list[int] = Field(description="Blocks, held or free, that are known by their content, in runs.")
+    found_again: list[int] = Field(
+        description="Blocks, held or free, that are known by their content, in runs: first, count, first, count, …"
+    )
     running: list[LiveRequest]
     waiting: list[LiveRequest] = Field(description="The first of them.")
     num_waiting: int

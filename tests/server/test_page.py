@@ -13,10 +13,11 @@ import time
 import httpx
 import pytest
 
+from minillm import LLM, SamplingParams
 from minillm.cache.block_pool import BlockPool
-from minillm.server.page import FILES, FOLDER, MOST_WAITING, runs, snapshot
+from minillm.server.page import FILES, FOLDER, MOST_WAITING, SECONDS_BETWEEN_LOOKS, runs, snapshot
 from minillm.server.protocol import LiveSnapshot
-from tests.server.conftest import running
+from tests.server.conftest import SMALL, running
 
 MINE = "rgb(0, 114, 178)"
 STORY = "Tell me a story about Mia and a red kite."
@@ -77,6 +78,13 @@ def answers(server, count, **options):
         stop.set()
         for thread in threads:
             thread.join(20)
+
+
+def is_still(looks):
+    """Whether nobody looks for the time of three looks."""
+    seen = len(looks)
+    time.sleep(3 * SECONDS_BETWEEN_LOOKS)
+    return len(looks) == seen
 
 
 def blocks_of(numbers):
@@ -141,8 +149,8 @@ def test_a_snapshot_is_what_the_scheduler_knows(server):
             ),
         )
     assert [request.name for request in seen.running] == names
-    assert [blocks_of(request.blocks) for request in seen.running] == tables
-    held = [block for request in seen.running for block in blocks_of(request.blocks)]
+    assert [request.blocks for request in seen.running] == tables
+    held = [block for request in seen.running for block in request.blocks]
     assert [held.count(block) for block in range(seen.num_blocks)] == ref_counts
     assert seen.num_held == len(set(held)) == sum(count > 0 for count in ref_counts)
     assert blocks_of(seen.found_again) == [block for block, content in enumerate(hashes) if content is not None]
@@ -150,7 +158,7 @@ def test_a_snapshot_is_what_the_scheduler_knows(server):
     for request in [*seen.running, *seen.waiting]:
         assert 0 <= request.computed <= request.prompt + request.written
         assert request.written <= request.max_tokens
-        assert -(-request.computed // seen.block_size) <= len(blocks_of(request.blocks))
+        assert -(-request.computed // seen.block_size) <= len(request.blocks)
 
 
 def test_a_long_queue_is_told_of_by_its_beginning(server):
@@ -191,10 +199,7 @@ def test_all_who_watch_share_one_look_and_nobody_looks_for_nobody(server, monkey
     for thread in threads:
         thread.join(20)
     assert 4 <= len(looks) < 4 * 5
-    assert server.until(lambda: server.service.engine._asked == set())
-    seen = len(looks)
-    time.sleep(0.6)
-    assert len(looks) == seen
+    assert server.until(lambda: is_still(looks))
 
 
 def test_a_large_pool_is_a_short_message(server, llm, monkeypatch):
@@ -217,6 +222,35 @@ def test_with_a_key_only_the_files_are_open(llm):
         assert server.http.get("/page/settings", headers=headers).status_code == 200
         with server.http.stream("GET", "/live", headers=headers) as response:
             assert response.status_code == 200
+
+
+def test_a_stream_tells_its_id_before_its_first_piece(server, slow):
+    with answers(server, 16):
+        assert server.until(lambda: len(server.llm.engine.scheduler.running) == 16)
+        body = {"prompt": "Long ago", "stream": True, "max_tokens": 5}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            name = response.headers["x-request-id"]
+            (waiting,) = in_engine(server, snapshot).waiting
+            assert waiting.name.startswith(name)
+            assert waiting.blocks == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failing_engine_ends_the_live_view():
+    with LLM("tiny", **SMALL) as llm, running(llm) as server, server.http.stream("GET", "/live") as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+
+        def fail(step):
+            raise RuntimeError("the device is gone")
+
+        llm.engine.runner.compute = fail
+        httpx.post(f"{server.url}/v1/completions", json={"prompt": "Long ago"})
+        error, end = list(lines)[-2:]
+        assert (
+            "the engine has failed: the device is gone" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        )
+        assert end == "data: [DONE]"
 
 
 def test_draining_ends_the_live_view(llm):
@@ -321,8 +355,6 @@ def fulfil(page, pieces):
 
 
 def test_an_answer_streams_in_and_is_llms(page, server, reference, slow):
-    from minillm import SamplingParams
-
     page.fill("#seed", "3")
     page.locator("#max_tokens").fill("6")
     say(page, STORY)
@@ -482,8 +514,6 @@ def test_the_key_is_asked_for_and_sent(llm, open_page):
 
 
 def test_a_model_without_a_template_continues_texts(llm, reference, open_page, monkeypatch):
-    from minillm import SamplingParams
-
     monkeypatch.setattr(llm.get_tokenizer(), "chat_template", None)
     with running(llm) as server:
         page = open_page(server)
@@ -508,10 +538,7 @@ def test_a_page_that_nobody_sees_does_not_watch(page, server, monkeypatch):
             document.dispatchEvent(new Event("visibilitychange"));
         }"""
     )
-    page.wait_for_timeout(300)
-    seen = len(looks)
-    page.wait_for_timeout(600)
-    assert len(looks) == seen
+    assert server.until(lambda: is_still(looks))
 
 
 def test_it_can_be_used_by_keyboard_and_on_a_phone(server, open_page):

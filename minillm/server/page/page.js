@@ -147,7 +147,9 @@ async function send(text) {
   const told = { begun: performance.now(), first: null, answer: "", usage: null, reason: null };
   setAnswering(new AbortController());
   try {
-    for await (const event of events(await ask(path, { body, signal: stopper.signal }))) take(event, told, turn);
+    const response = await ask(path, { body, signal: stopper.signal });
+    mine.add(response.headers.get("X-Request-Id"));
+    for await (const event of events(response)) take(event, told, turn);
   } catch (error) {
     if (error.name === "AbortError") told.reason = "stopped";
     else addParagraph(turn, "wrong", error.message).role = "alert";
@@ -160,7 +162,6 @@ async function send(text) {
 }
 
 function take(event, told, turn) {
-  mine.add(event.id);
   told.usage = event.usage ?? told.usage;
   for (const choice of event.choices) {
     const piece = choice.delta?.content ?? choice.text ?? "";
@@ -328,8 +329,13 @@ function rate(name, tokens) {
 }
 
 // [first, count, first, count, …] → the blocks themselves.
-function* blocksOf(runs) {
+function* unfold(runs) {
   for (let at = 0; at < runs.length; at += 2) for (let i = 0; i < runs[at + 1]; i++) yield runs[at] + i;
+}
+
+function* usedBlocks(found_again, running) {
+  yield* unfold(found_again);
+  for (const { blocks } of running) yield* blocks;
 }
 
 const isMine = (name) => [...mine].some((id) => name.startsWith(id));
@@ -344,8 +350,7 @@ function colourOf(name) {
 // How many blocks are drawn: the pool, but for the part of it that has not been used yet.
 function numShown({ num_blocks, found_again, running }) {
   let end = FEWEST_SHOWN;
-  for (const runs of [found_again, ...running.map((request) => request.blocks)])
-    for (let at = 0; at < runs.length; at += 2) while (end < runs[at] + runs[at + 1]) end *= 2;
+  for (const block of usedBlocks(found_again, running)) while (end <= block) end *= 2;
   return (mostShown = Math.min(num_blocks, Math.max(mostShown, end)));
 }
 
@@ -353,10 +358,10 @@ function numShown({ num_blocks, found_again, running }) {
 function ownersOf({ found_again, running }) {
   const owners = new Array(numShown(latest)).fill("--free");
   const held = new Set();
-  for (const block of blocksOf(found_again)) owners[block] = "--kept";
+  for (const block of unfold(found_again)) owners[block] = "--kept";
   for (const { name, blocks } of running) {
     const colour = colourOf(name);
-    for (const block of blocksOf(blocks)) {
+    for (const block of blocks) {
       owners[block] = held.has(block) ? "--shared" : colour;
       held.add(block);
     }
@@ -377,7 +382,7 @@ function drawPool(owners) {
   const style = getComputedStyle(document.documentElement);
   const values = new Map();
   const gap = cell > 2 ? 1 : 0;
-  const chosen = new Set(blocksOf(latest.running.find(({ name }) => name === selected)?.blocks ?? []));
+  const chosen = new Set(latest.running.find(({ name }) => name === selected)?.blocks);
   owners.forEach((owner, block) => {
     if (!values.has(owner)) values.set(owner, style.getPropertyValue(owner));
     context.fillStyle = values.get(owner);
@@ -405,7 +410,7 @@ function drawRows(requests) {
   $("rest").textContent = !requests.length ? "Nothing runs, nothing waits." : more ? `and ${more} more that wait` : "";
   const chosen = requests.find(({ name }) => name === selected);
   $("table-of").hidden = !chosen;
-  if (chosen) $("table-of").textContent = `Block table of ${shortName(selected)}: ${written(chosen.blocks)}`;
+  if (chosen) $("table-of").textContent = `Block table of ${shortName(selected)}: ${chosen.blocks.join(", ") || "empty"}`;
 }
 
 function newRow(name) {
@@ -444,14 +449,6 @@ function shortName(name) {
   return `${kind.startsWith("chat") ? "chat" : "text"} ${id}${rest === "0" ? "" : ` ${rest}`}`;
 }
 
-function written(runs) {
-  const parts = [];
-  for (let at = 0; at < runs.length; at += 2) {
-    const [first, count] = runs.slice(at, at + 2);
-    parts.push(count === 1 ? first : `${first}–${first + count - 1}`);
-  }
-  return parts.join(", ") || "no blocks yet";
-}
 
 // --- begin
 
