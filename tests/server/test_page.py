@@ -447,6 +447,16 @@ def test_the_controls_are_what_is_sent(page):
     wait_for_the_end(page)
 
 
+def test_a_request_that_waits_says_so(page, server, slow):
+    with answers(server, 16):
+        assert server.until(lambda: len(server.llm.engine.scheduler.running) == 16)
+        say(page, STORY)
+        wait_until(page, "document.querySelector('#log.waits') !== null")
+        assert re.match(r"yours\s.*waits", page.inner_text("#rows tr:first-child"), re.DOTALL)
+        page.press("#text", "Escape")
+    wait_until(page, "document.querySelector('#log.waits') === null")
+
+
 def test_html_is_shown_as_text(page):
     answer = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script><b>bold</b> &amp;"
     fulfil(page, [answer[:20], answer[20:]])
@@ -487,6 +497,8 @@ def test_a_conversation_that_is_too_long_is_refused_by_the_real_server(page, ope
     say(page, "Mia " * 600)
     page.wait_for_selector("[role=alert]")
     assert "maximum context length is 512 tokens" in page.inner_text("[role=alert]")
+    alert, log = (page.locator(name).bounding_box() for name in ("[role=alert]", "#log"))
+    assert log["y"] <= alert["y"] < alert["y"] + alert["height"] <= log["y"] + log["height"]
     assert len(open_page.complaints) == 1
     open_page.complaints.clear()
 

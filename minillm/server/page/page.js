@@ -130,7 +130,7 @@ function showSettings() {
 
 let messages = []; // what has been said, as the API wants it
 let stopper = null; // an AbortController while an answer is being written
-const mine = new Set(); // ids of this page's answers
+let mine = null; // the id of this page's last answer
 
 function request(text) {
   const common = { ...sampling(), model: settings.model, stream: true, stream_options: { include_usage: true } };
@@ -148,14 +148,14 @@ async function send(text) {
   setAnswering(new AbortController());
   try {
     const response = await ask(path, { body, signal: stopper.signal });
-    mine.add(response.headers.get("X-Request-Id"));
+    mine = response.headers.get("X-Request-Id");
     for await (const event of events(response)) take(event, told, turn);
   } catch (error) {
     if (error.name === "AbortError") told.reason = "stopped";
     else addParagraph(turn, "wrong", error.message).role = "alert";
   }
   if (told.answer) conversation.push({ role: "user", content: text }, { role: "assistant", content: told.answer });
-  else if (told.reason === null) $("text").value ||= text; // nothing came: to be sent again
+  else if (told.reason === null) keepAtEnd(() => ($("text").value ||= text)); // nothing came: to be sent again
   if (told.first) addParagraph(turn, "about", about(told));
   turn.querySelector(".answer").classList.remove("growing");
   setAnswering(null);
@@ -300,6 +300,7 @@ function draw() {
   const names = new Set(requests.map((request) => request.name));
   for (const known of [colours, counts]) for (const name of known.keys()) if (name && !names.has(name)) known.delete(name);
   if (!names.has(selected)) selected = null;
+  $("log").classList.toggle("waits", latest.waiting.some(({ name }) => isMine(name)));
   drawFigures();
   drawPool(ownersOf(latest));
   drawRows(requests);
@@ -338,7 +339,7 @@ function* usedBlocks(found_again, running) {
   for (const { blocks } of running) yield* blocks;
 }
 
-const isMine = (name) => [...mine].some((id) => name.startsWith(id));
+const isMine = (name) => mine !== null && name.startsWith(mine);
 
 // The name of a request's colour; it keeps it as long as it is there.
 function colourOf(name) {
