@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -23,7 +22,9 @@ from minillm.errors import MinillmError
 from minillm.llm import LLM
 from minillm.server import responses
 from minillm.server.engine_thread import RequestStream
-from minillm.server.errors import add_error_handlers, error_body, error_response, told
+from minillm.server.errors import add_error_handlers, error_body, error_response
+from minillm.server.events import EventStream
+from minillm.server.page import FILES, page_router
 from minillm.server.protocol import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -39,11 +40,11 @@ from minillm.server.protocol import (
     TokenizeTextRequest,
     VersionResponse,
 )
-from minillm.server.service import ServerConfig, Service, abort, merged, whole
+from minillm.server.service import ServerConfig, Service, merged, whole
 
 MAX_BODY_BYTES = 8 * 2**20
 CLIENT_HAS_GONE = 499  # nginx's number; nobody reads it
-OPEN_PATHS = ("/health", "/version", "/metrics", "/docs", "/openapi.json")
+OPEN_PATHS = ("/health", "/version", "/metrics", "/docs", "/openapi.json", *FILES)
 """What needs no key."""
 
 Result = TypeVar("Result")
@@ -63,30 +64,6 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; whatever ends it stops the requests behind it."""
-
-    def __init__(self, chunks: AsyncIterator[BaseModel], streams: Sequence[RequestStream]) -> None:
-        super().__init__(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._streams = streams
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            abort(self._streams)
-
-
-async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
-    """Each chunk as an event; an error is one too, since the status has gone out."""
-    try:
-        async for chunk in chunks:
-            yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
-    except Exception as error:
-        yield f"data: {told(error).model_dump_json()}\n\n"
-    yield "data: [DONE]\n\n"
 
 
 # --- routes
@@ -279,6 +256,7 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="minillm", version=__version__, lifespan=lifespan, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    app.include_router(page_router(service))
     app.add_middleware(Gate, api_keys=config.api_keys)
     add_error_handlers(app)
     plain = app.openapi

@@ -13,12 +13,14 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
 from minillm.errors import EngineDeadError, MinillmError, OverloadedError, ShuttingDownError
 
+Result = TypeVar("Result")
 Listener = Callable[[list[RequestOutput], float], None]
 """Told of a step's outputs, and of what an aborted request had, with the time; in the engine's thread."""
 
@@ -33,7 +35,6 @@ class RequestStream:
     def __init__(self, engine: EngineThread, request_id: str, num_answers: int) -> None:
         self.request_id = request_id
         self.num_answers = num_answers
-        self.taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._engine = engine
         self._outputs: asyncio.Queue[RequestOutput | MinillmError] = asyncio.Queue()
         self._ended = False
@@ -75,6 +76,7 @@ class EngineThread:
         self._engine = engine
         self._listener = listener
         self._streams: dict[str, RequestStream] = {}
+        self._asked: set[asyncio.Future[Any]] = set()
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -93,8 +95,7 @@ class EngineThread:
 
     def check_room(self, num_answers: int = 0) -> None:
         """Raise EngineDeadError where the engine has failed, OverloadedError where so many more are too many."""
-        if self.error is not None:
-            raise EngineDeadError(f"the engine has failed: {self.error}")
+        self._check_alive()
         waiting = self.num_unfinished
         if waiting + num_answers > self.max_requests:
             raise OverloadedError(f"{waiting} answers are being waited for already: try again later")
@@ -112,18 +113,12 @@ class EngineThread:
         self.check_room(params.n)
         stream = self._streams[request_id] = RequestStream(self, request_id, params.n)
         arrival = self._engine.clock()
-
-        def add() -> None:
-            try:
-                self._engine.add_request(request_id, prompt_token_ids, params, prompt=prompt, arrival_time=arrival)
-            except Exception as error:  # this request's own; the engine is as it was
-                self._in_loop(_settle, stream.taken, error)
-            else:
-                self._in_loop(_settle, stream.taken, None)
-
-        self._inbox.put(add)
         try:
-            await stream.taken
+            await self.ask(
+                lambda engine: engine.add_request(
+                    request_id, prompt_token_ids, params, prompt=prompt, arrival_time=arrival
+                )
+            )
         except asyncio.CancelledError:
             stream.abort()
             raise
@@ -131,6 +126,28 @@ class EngineThread:
             self._streams.pop(request_id, None)
             raise
         return stream
+
+    async def ask(self, work: Callable[[Engine], Result]) -> Result:
+        """What a function of the engine returns or raises; it runs in the engine's thread, between two steps.
+
+        Raises:
+            EngineDeadError: the engine has failed.
+        """
+        self._check_alive()
+        asked: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+
+        def answer() -> None:
+            try:
+                result = work(self._engine)
+            except Exception as error:  # the work's own; the engine is as it was
+                self._in_loop(_fail, asked, error)
+            else:
+                self._in_loop(_settle, asked, result)
+
+        self._inbox.put(answer)
+        return await asked
 
     def abort(self, request_id: str) -> None:
         """Stop a request before the next step; its stream gives nothing more."""
@@ -149,6 +166,10 @@ class EngineThread:
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
+    def _check_alive(self) -> None:
+        if self.error is not None:
+            raise EngineDeadError(f"the engine has failed: {self.error}")
+
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
@@ -161,8 +182,9 @@ class EngineThread:
         """Tell everybody; nothing more will come."""
         self.error = error
         dead = EngineDeadError(f"the engine has failed: {error}")
+        for asked in self._asked:
+            _fail(asked, dead)
         for stream in self._streams.values():
-            _settle(stream.taken, dead)
             stream.put(dead)
         self._streams.clear()
 
@@ -204,10 +226,13 @@ class EngineThread:
         self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+def _settle(future: asyncio.Future[Result], result: Result) -> None:
     """Resolve a future that may have been cancelled, or resolved, meanwhile."""
     if not future.done():
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    """The same, with an error."""
+    if not future.done():
+        future.set_exception(error)

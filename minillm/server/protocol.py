@@ -426,3 +426,49 @@ class VersionResponse(BaseModel):
     """The version of minillm."""
 
     version: str
+
+
+# --- the page at /
+
+
+class PageSettings(BaseModel):
+    """What the page asks for first: the model, and what its sliders begin with."""
+
+    model: str
+    max_model_len: int
+    chat_refusal: str | None = Field(description="Why conversations cannot be answered, and only texts continued.")
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+class LiveRequest(BaseModel):
+    """A request that runs or waits, in tokens."""
+
+    name: str
+    prompt: int
+    cached: int = Field(description="Of the prompt, found in memory when the request was first scheduled.")
+    computed: int = Field(description="Of prompt and answer, whose keys and values are stored.")
+    written: int
+    max_tokens: int
+    preemptions: int
+    blocks: list[int] = Field(description="Its block table.")
+
+
+class LiveSnapshot(BaseModel):
+    """Blocks and queue between two steps of the engine; counts are since its start."""
+
+    time: float = Field(description="The engine's clock, in seconds.")
+    num_blocks: int
+    num_held: int
+    block_size: int
+    found_again: list[int] = Field(
+        description="Blocks, held or free, that are known by their content, in runs: first, count, first, count, …"
+    )
+    running: list[LiveRequest]
+    waiting: list[LiveRequest] = Field(description="The first of them.")
+    num_waiting: int
+    generation_tokens: int
+    prompt_tokens: int
+    prefix_cache_hits: int
+    num_preemptions: int

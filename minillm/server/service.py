@@ -64,6 +64,11 @@ class Service:
         template_options = inspect.signature(self.tokenizer.apply_chat_template).parameters
         self._template_options = frozenset(template_options) - {"kwargs"} | {"tokenizer"}
 
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing is, and nothing more will be, answered."""
+        return self.is_draining and not self.engine.num_unfinished
+
     def check_ready(self, num_answers: int = 0) -> None:
         """Raise ShuttingDownError, EngineDeadError or OverloadedError where so many answers will not be given now."""
         self.engine.check_room(num_answers)
