@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from minillm.engine.params import RequestOutputKind, SamplingParams
 from minillm.errors import InvalidRequestError
@@ -215,7 +215,7 @@ class Tool(Model):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """As the client gave it."""
+        """What the client gave, in this order."""
         said = {name: value for name, value in self.function if name in self.function.model_fields_set}
         return {"type": self.type, "function": said}
 
@@ -316,6 +316,19 @@ class TokenizeChatRequest(ChatFields):
 
     model: str | None = None
     return_token_strs: bool = False
+
+
+def _kind_of_tokenize_request(given: Any) -> str:
+    is_chat = isinstance(given, dict) and "messages" in given
+    return (TokenizeChatRequest if is_chat else TokenizeTextRequest).__name__
+
+
+TokenizeRequest = Annotated[
+    Annotated[TokenizeTextRequest, Tag(TokenizeTextRequest.__name__)]
+    | Annotated[TokenizeChatRequest, Tag(TokenizeChatRequest.__name__)],
+    Discriminator(_kind_of_tokenize_request),
+]
+"""Of a text or of a conversation: what is wrong with one is told of that one."""
 
 
 class DetokenizeRequest(Model):
