@@ -9,7 +9,8 @@ from typing import Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minillm.checks import check_text
-from minillm.errors import ConfigError, InvalidRequestError, TokenizerError
+from minillm.errors import ConfigError, TokenizerError
+from minillm.models.chat_template import chat_text
 from minillm.models.gguf import metadata
 from minillm.models.source import resolve
 from minillm.text import read_json
@@ -55,19 +56,13 @@ def chat_prompt(
     """A conversation as the model's chat template writes it down: text, and its tokens.
 
     Args:
-        options: passed to transformers' `apply_chat_template`.
+        options: as for `chat_text`.
 
     Raises:
         InvalidRequestError: a message that is none, or a text that no tokenizer can read.
-        TokenizerError: no chat template, or one that refuses the conversation.
+        TokenizerError: as from `chat_text`.
     """
-    if not tokenizer.chat_template and options.get("chat_template") is None:
-        raise TokenizerError("this model has no chat template: it continues text; use `generate`, or give a template")
-    messages = [_message(message) for message in conversation]
-    try:
-        text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception as error:  # a template may raise what it likes
-        raise TokenizerError(f"the model's chat template refuses this conversation: {error}") from error
+    text = chat_text(tokenizer, conversation, **options)
     return text, token_ids(tokenizer, text)
 
 
@@ -79,21 +74,6 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     check_text(text)
     return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message, its content a text: parts that are texts are joined by line breaks, as in vLLM."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequestError(f"a message is a dict with 'role' and 'content', not {message!r}")
-    content = message.get("content")
-    if isinstance(content, list):
-        others = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
-        if others:
-            raise InvalidRequestError(f"only {{'type': 'text', 'text': …}} is possible in a message, not {others[0]!r}")
-        content = "\n".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise InvalidRequestError(f"a message's content is a text, not {content!r}")
-    return {**message, "content": content}
 
 
 def stop_token_ids(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -35,7 +35,7 @@ from minillm.server.protocol import (
     ErrorResponse,
     ModelCard,
     ModelList,
-    TokenizeChatRequest,
+    TokenizeRequest,
     TokenizeResponse,
     TokenizeTextRequest,
     VersionResponse,
@@ -154,7 +154,7 @@ def _card(service: Service, name: str) -> ModelCard:
 
 
 @router.post("/tokenize")
-async def tokenize(asked: TokenizeTextRequest | TokenizeChatRequest, service: Serving) -> TokenizeResponse:
+async def tokenize(asked: TokenizeRequest, service: Serving) -> TokenizeResponse:
     """The tokens of a text, or of a conversation."""
     service.model_name(asked.model)
     if isinstance(asked, TokenizeTextRequest):

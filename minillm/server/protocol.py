@@ -6,9 +6,9 @@ Fields that nobody knows are refused too.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from minillm.engine.params import RequestOutputKind, SamplingParams
 from minillm.errors import InvalidRequestError
@@ -16,6 +16,8 @@ from minillm.errors import InvalidRequestError
 MAX_ANSWERS = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_CHAT_TEMPLATE = 2**16
+"""Letters of a template in a request."""
 DEFAULT_MAX_TOKENS = 16
 INT32 = 2**31 - 1
 
@@ -160,18 +162,75 @@ class TextPart(Model):
     text: str
 
 
+class FunctionCall(Model):
+    """What the model asked a tool for."""
+
+    name: str
+    arguments: Annotated[str, Field(description="A JSON object, as text.")]
+
+
+class ToolCall(Model):
+    """A call that the model has made."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class Message(Model):
     """A message of a conversation."""
 
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = Field(None, description="Of the assistant.")
+    tool_call_id: str | None = Field(None, description="Of a tool: the call that it answers.")
     refusal: None = None
     annotations: None = None
     audio: None = None
-    tool_calls: None = None
-    tool_call_id: None = None
     function_call: None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls is for messages of the role assistant")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("tool_call_id is for messages of the role tool")
+        return self
+
+
+class Function(Model):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
+    strict: bool | None = Field(None, description="Told to the template.")
+
+
+class Tool(Model):
+    """A tool; only functions are possible."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """What the client gave, in this order."""
+        said = {name: value for name, value in self.function if name in self.function.model_fields_set}
+        return {"type": self.type, "function": said}
+
+
+class FunctionName(Model):
+    """One of the functions."""
+
+    name: str
+
+
+class NamedTool(Model):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class TextFormat(Model):
@@ -186,9 +245,13 @@ class ChatFields(Model):
     messages: Annotated[list[Message], Field(min_length=1)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    chat_template: None = None
-    tools: None = None
+    chat_template: Annotated[str, Field(max_length=MAX_CHAT_TEMPLATE)] | None = Field(
+        None, description="Only where the server was started with --trust-request-chat-template."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the template.")
+    tools: list[Tool] | None = Field(
+        None, description="Told to the model by the template. Its answer is text: calls in it are the client's to read."
+    )
 
 
 class ChatCompletionRequest(ChatFields, SamplingFields):
@@ -199,8 +262,10 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="auto where there are tools; required and named tools are refused."
+    )
+    parallel_tool_calls: Literal[True] | None = Field(None, description="Nothing forbids a text with several calls.")
     functions: None = None
     function_call: None = None
     reasoning_effort: None = None
@@ -221,8 +286,20 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
         """As `params`, with what only chats have."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs is for logprobs=true")
+        self._check_tool_choice()
         max_tokens = defaults.get("max_tokens") if self.token_limit is None else self.token_limit
         return self.params(defaults, max_tokens=max_tokens, logprobs=self.top_logprobs or 0 if self.logprobs else None)
+
+    def _check_tool_choice(self) -> None:
+        """Raise InvalidRequestError for a choice without tools, and for one that would force a call."""
+        if self.tool_choice is None or self.tool_choice == "none":
+            return
+        if not self.tools:
+            raise InvalidRequestError("tool_choice is for requests with tools")
+        if self.tool_choice != "auto":
+            raise InvalidRequestError(
+                "tool_choice: this server cannot force a call yet (it takes structured output); choose none or auto"
+            )
 
 
 class TokenizeTextRequest(Model):
@@ -239,6 +316,19 @@ class TokenizeChatRequest(ChatFields):
 
     model: str | None = None
     return_token_strs: bool = False
+
+
+def _kind_of_tokenize_request(given: Any) -> str:
+    is_chat = isinstance(given, dict) and "messages" in given
+    return (TokenizeChatRequest if is_chat else TokenizeTextRequest).__name__
+
+
+TokenizeRequest = Annotated[
+    Annotated[TokenizeTextRequest, Tag(TokenizeTextRequest.__name__)]
+    | Annotated[TokenizeChatRequest, Tag(TokenizeChatRequest.__name__)],
+    Discriminator(_kind_of_tokenize_request),
+]
+"""Of a text or of a conversation: what is wrong with one is told of that one."""
 
 
 class DetokenizeRequest(Model):

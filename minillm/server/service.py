@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
@@ -17,6 +17,7 @@ from minillm.models.tokenizer import chat_prompt, token_ids
 from minillm.server.engine_thread import EngineThread, RequestStream
 from minillm.server.metrics import ServerMetrics
 from minillm.server.protocol import ChatFields, CompletionRequest
+from minillm.server.template_process import chat_text_apart
 
 TokenizedPrompt = tuple[str | None, list[int]]
 """A prompt's text, if it has one, and its tokens."""
@@ -38,6 +39,7 @@ class ServerConfig:
         model: where the model came from.
         served_names: what clients may call it; the first is what answers say.
         chat_template: instead of the tokenizer's.
+        trust_request_chat_template: whether requests may bring a template of their own.
         api_keys: any of which a client must show; none are asked for where there are none.
         max_requests: answers that are waited for at a time.
     """
@@ -47,6 +49,7 @@ class ServerConfig:
     chat_template: str | None = None
     api_keys: Sequence[str] = ()
     max_requests: int = 1024
+    trust_request_chat_template: bool = False
 
 
 class Service:
@@ -115,22 +118,35 @@ class Service:
         """A conversation as the chat template writes it.
 
         Raises:
-            InvalidRequestError: options that are not the template's.
+            InvalidRequestError: options that are not the template's, or a template where none is taken.
             TokenizerError: no template, or one that refuses the conversation.
+            OverloadedError: too many templates of clients are being rendered.
         """
-        options = asked.chat_template_kwargs or {}
-        if forbidden := sorted(self._template_options & options.keys()):
+        messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+        options = self._chat_options(asked)
+        if asked.chat_template is None:
+            return chat_prompt(self.tokenizer, messages, chat_template=self.config.chat_template, **options)
+        if not self.config.trust_request_chat_template:
+            raise InvalidRequestError(
+                "chat_template is not taken from requests: leave it out, or start the server with "
+                "--trust-request-chat-template"
+            )
+        variables = self.tokenizer.special_tokens_map | options
+        text = chat_text_apart(messages, chat_template=asked.chat_template, **variables)
+        return text, token_ids(self.tokenizer, text)
+
+    def _chat_options(self, asked: ChatFields) -> dict[str, Any]:
+        """What `chat_text` is told beside messages and template; variables of the template are among it."""
+        variables = asked.chat_template_kwargs or {}
+        if forbidden := sorted(self._template_options & variables.keys()):
             raise InvalidRequestError(f"chat_template_kwargs may not hold {', '.join(forbidden)}")
         continues = bool(asked.continue_final_message)
         begins = not continues if asked.add_generation_prompt is None else asked.add_generation_prompt
-        return chat_prompt(
-            self.tokenizer,
-            [message.model_dump(exclude_none=True) for message in asked.messages],
-            chat_template=self.config.chat_template,
-            add_generation_prompt=begins,
-            continue_final_message=continues,
-            **options,
-        )
+        return variables | {
+            "tools": [tool.for_template() for tool in asked.tools or ()],
+            "add_generation_prompt": begins,
+            "continue_final_message": continues,
+        }
 
     async def begin(
         self, request_id: str, prompts: Sequence[TokenizedPrompt], params: SamplingParams, max_tokens: int | None
