@@ -337,6 +337,71 @@ def bench_latency(
 
 
 @bench.command(
+    "serve",
+    epilog="As vllm bench serve. Examples:  minillm bench serve --request-rate 10   ·   "
+    "minillm bench serve --dataset-name trace --dataset-path traffic.csv --goodput ttft:500 tpot:50",
+)
+def bench_serve(
+    objectives: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME:MS]…", help="More of --goodput.", show_default=False)
+    ] = None,
+    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    endpoint: Annotated[str, typer.Option(help="/v1/completions or /v1/chat/completions.")] = "/v1/completions",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="As the server calls it (its first).")] = None,
+    api_key: ApiKey = None,
+    dataset_name: Annotated[str, typer.Option(help="random, or trace: recorded times and lengths.")] = "random",
+    dataset_path: Annotated[
+        Path | None, typer.Option(help="A trace: CSV with arrival_time (s), prompt_tokens, output_tokens, or Azure's.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts (1000, or the trace's).")] = None,
+    random_input_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a random prompt (32).")] = None,
+    random_output_len: Annotated[int | None, typer.Option(min=1, help="New tokens for each (128).")] = None,
+    random_range_ratio: Annotated[
+        float | None, typer.Option(help="Lengths differ by up to this share of them, in [0, 1) (0).")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Draw prompts from all token ids, not from some that the server tells.")
+    ] = None,
+    request_rate: Annotated[float | None, typer.Option(help="Requests a second (inf: all at once).")] = None,
+    burstiness: Annotated[
+        float | None, typer.Option(help="1: a Poisson process (1); less: in bursts; more: regular.")
+    ] = None,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests on their way at a time.")] = None,
+    seed: BenchSeed = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers of full length.")] = False,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="Objectives: ttft:MS, tpot:MS, e2el:MS, one after the other.")
+    ] = None,
+    percentile_metrics: Annotated[str, typer.Option(help="Which to show, with commas.")] = "ttft,tpot,itl,e2el",
+    metric_percentiles: Annotated[str, typer.Option(help="Which percentiles of each, with commas.")] = "99",
+    save_result: Annotated[bool, typer.Option("--save-result", help="Write a JSON file into this folder.")] = False,
+    output_json: OutputJson = None,
+    disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="No progress bar.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Latency and throughput of a running server, minillm's or any other like OpenAI's, under a load of requests."""
+    from minillm.bench.serve import Dataset, Shown, main
+
+    if objectives and not goodput:
+        raise ConfigError(f"{objectives[0]!r} is no option: objectives follow --goodput")
+    lengths = (random_input_len, random_output_len, random_range_ratio)
+    main(
+        Dataset(dataset_name, dataset_path, num_prompts, *lengths, request_rate, burstiness, seed),
+        Shown.parse(percentile_metrics, metric_percentiles, [*(goodput or []), *(objectives or [])]),
+        base_url=base_url,
+        endpoint=endpoint,
+        model=model,
+        api_key=api_key,
+        vocab_size=vocab_size,
+        max_concurrency=max_concurrency,
+        ignore_eos=ignore_eos,
+        output_json=output_json,
+        save_result=save_result,
+        disable_tqdm=disable_tqdm,
+    )
+
+
+@bench.command(
     "compare",
     epilog="Peers of other environments are named by their Python:  minillm bench compare "
     "--vllm peers/vllm/bin/python --llama-cpp peers/llama/bin/python",
