@@ -345,7 +345,7 @@ def bench_latency(
 )
 def bench_serve(
     objectives: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME:MS]…", help="More of --goodput.", show_default=False)
+        list[str] | None, typer.Argument(metavar="NAME:MS", help="More of --goodput.", show_default=False)
     ] = None,
     base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
     endpoint: Annotated[str, typer.Option(help="/v1/completions or /v1/chat/completions.")] = "/v1/completions",
