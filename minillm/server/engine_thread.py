@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from llguidance import LLMatcher
+
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
@@ -100,9 +102,18 @@ class EngineThread:
             raise OverloadedError(f"{waiting} answers are being waited for already: try again later")
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        matcher: LLMatcher | None = None,
     ) -> RequestStream:
         """Hand a request to the engine and return its outputs-to-be, once the engine has taken it.
+
+        Args:
+            matcher: of its `structured_outputs`, compiled: the engine's thread has no time for that.
 
         Raises:
             InvalidRequestError: what cannot be generated.
@@ -115,7 +126,9 @@ class EngineThread:
 
         def add() -> None:
             try:
-                self._engine.add_request(request_id, prompt_token_ids, params, prompt=prompt, arrival_time=arrival)
+                self._engine.add_request(
+                    request_id, prompt_token_ids, params, prompt=prompt, arrival_time=arrival, matcher=matcher
+                )
             except Exception as error:  # this request's own; the engine is as it was
                 self._in_loop(_settle, stream.taken, error)
             else:
