@@ -146,9 +146,7 @@ class SamplingFields(Model):
         if self.structured_outputs is None:
             return form
         if form is not None:
-            raise InvalidRequestError(
-                "response_format and structured_outputs both say what form answers have: choose"
-            )
+            raise InvalidRequestError("response_format and structured_outputs both say what form answers have: choose")
         return self.structured_outputs.to_params()
 
     def params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
