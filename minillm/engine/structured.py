@@ -159,7 +159,7 @@ def _source(asked: StructuredOutputsParams) -> tuple[Literal["json", "regex", "l
     if asked.regex is not None:
         return "regex", asked.regex
     if asked.choice is not None:
-        return "lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice)
+        return "lark", "start: " + " | ".join(map(json.dumps, asked.choice))
     return "grammar", asked.grammar or ""
 
 
