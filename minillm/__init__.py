@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minillm.engine.outputs import CompletionOutput, RequestOutput
-    from minillm.engine.params import BeamSearchParams, SamplingParams
+    from minillm.engine.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
     from minillm.llm import LLM
     from minillm.models.loader import load_model
     from minillm.models.tokenizer import get_tokenizer
@@ -19,6 +19,7 @@ __all__ = [
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
     "get_tokenizer",
     "load_model",
@@ -28,6 +29,7 @@ _HOMES = {
     "LLM": "minillm.llm",
     "BeamSearchParams": "minillm.engine.params",
     "SamplingParams": "minillm.engine.params",
+    "StructuredOutputsParams": "minillm.engine.params",
     "CompletionOutput": "minillm.engine.outputs",
     "RequestOutput": "minillm.engine.outputs",
     "load_model": "minillm.models.loader",

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
+from llguidance import LLMatcher
 from torch import Tensor
 
 from minillm.cache.block_table import BlockTable
@@ -24,6 +25,7 @@ from minillm.engine.request import Request, Status
 from minillm.engine.runner import StepLogits
 from minillm.engine.sampler import Choice
 from minillm.engine.scheduler import Schedule, Scheduled, Scheduler
+from minillm.engine.structured import GrammarCompiler
 from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
 from minillm.models.tokenizer import token_ids
@@ -105,6 +107,7 @@ class Engine:
         self.clock = clock
         self.trace = trace
         self.counts = EngineCounts()
+        self.grammars = GrammarCompiler(tokenizer, vocab_size, end_ids)
         self._seeds = torch.Generator().manual_seed(seed)
         self._answers: dict[str, _Answers] = {}
 
@@ -125,8 +128,12 @@ class Engine:
         *,
         prompt: str | None = None,
         arrival_time: float | None = None,
+        matcher: LLMatcher | None = None,
     ) -> None:
         """Take a request in; it is scheduled by the coming steps.
+
+        Args:
+            matcher: of its `structured_outputs`, where they have been compiled already.
 
         Raises:
             InvalidRequestError: what cannot be generated; the engine is as it was.
@@ -135,7 +142,11 @@ class Engine:
         self._check(request_id, prompt_token_ids, params)
         arrival = self.clock() if arrival_time is None else arrival_time
         tokens, bad_words = list(prompt_token_ids), self._bad_word_ids(params)
+        if matcher is None and params.structured_outputs is not None:
+            matcher = self.grammars.compile(params.structured_outputs)
         requests = [self._request(request_id, tokens, params, index, arrival, bad_words) for index in range(params.n)]
+        for request in requests:
+            request.matcher = None if matcher is None else matcher.deep_copy()
         requests[0].siblings = requests[1:]
         self.scheduler.add(requests[0])
         detokenizers = [self._detokenizer(request) for request in requests]
@@ -303,12 +314,16 @@ class Engine:
         params = request.params
         is_end = choice.token in self.end_ids and not params.ignore_eos
         is_stop = choice.token in (params.stop_token_ids or ())
+        if request.matcher is not None and not is_end:
+            request.matcher.consume_token(choice.token)
         if is_end or is_stop:
             if params.include_stop_str_in_output:
                 self._detokenize(request, choice.token)
             self._finish(request, "stop", choice.token if is_stop else None, now)
         elif stop := self._detokenize(request, choice.token):
             self._finish(request, "stop", stop, now)
+        elif request.is_complete:
+            self._finish(request, "stop", None, now)
         elif len(request.output_token_ids) == request.max_tokens:
             self._finish(request, "length", None, now)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import UnionType
 from typing import Any, cast
 
 from jaxtyping import Float
@@ -25,6 +26,75 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
+
+
+@dataclass(kw_only=True)
+class StructuredOutputsParams:
+    """What form an answer must have: exactly one of the first five. Every field is vLLM's.
+
+    Attributes:
+        json: a JSON schema that it satisfies: a dict, its text, or a pydantic model class.
+        regex: a regular expression that all of it matches, in Rust's syntax (no looking around).
+        choice: texts, one of which it is.
+        grammar: rules that it follows, in llguidance's variant of Lark, or in GBNF (``root ::= …``).
+        json_object: it is a JSON object.
+        disable_any_whitespace: no white space between the parts of JSON.
+        disable_additional_properties: no properties but those that the schema names, where it does not say.
+        whitespace_pattern: the white space between the parts of JSON, as a regular expression.
+        structural_tag: only None is possible.
+
+    Raises:
+        InvalidRequestError: none of them, several, or options that do not fit; the message names them.
+    """
+
+    json: str | dict[str, Any] | type[Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: None = None
+
+    def __post_init__(self) -> None:
+        self.verify()
+
+    def verify(self) -> None:
+        """Raise InvalidRequestError for what cannot be (fields may be assigned to)."""
+        if self.structural_tag is not None:
+            raise InvalidRequestError("structural_tag is not implemented: say it as a grammar")
+        kinds = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        kinds += ["json_object"] * bool(self.json_object)
+        if len(kinds) != 1:
+            told = ", ".join(kinds) or "none of them"
+            raise InvalidRequestError(f"structured_outputs is one of {', '.join(STRUCTURED_KINDS)}, not {told}")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            _check_kind(f"structured_outputs.{name}", getattr(self, name), str | None, "a text")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            _check_kind(f"structured_outputs.{name}", getattr(self, name), bool, "True or False")
+        _check_kind("structured_outputs.json_object", self.json_object, bool | None, "True or False")
+        _check_list("structured_outputs.choice", self.choice, _is_text, "texts of one letter or more")
+        if self.choice is not None and not len(self.choice):
+            raise InvalidRequestError("structured_outputs.choice is empty: nothing could be written")
+        if not isinstance(self.json, str | dict | None) and not hasattr(self.json, "model_json_schema"):
+            raise InvalidRequestError(
+                f"structured_outputs.json must be a schema (a dict or its text) or a pydantic class, not {self.json!r}"
+            )
+        self._verify_options(is_json=kinds[0] in ("json", "json_object"))
+
+    def _verify_options(self, *, is_json: bool) -> None:
+        options = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+        given = [name for name in options if getattr(self, name)]
+        if given and not is_json:
+            raise InvalidRequestError(f"structured_outputs.{given[0]} is for json and json_object")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise InvalidRequestError("structured_outputs: choose disable_any_whitespace or whitespace_pattern")
+        if self.disable_additional_properties and self.json is None:
+            raise InvalidRequestError("structured_outputs.disable_additional_properties is for json, not json_object")
+
+
+STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 @dataclass(kw_only=True)
@@ -57,6 +127,8 @@ class SamplingParams:
         allowed_token_ids: only these.
         bad_words: texts that are not written.
         logits_processors: functions of one's own, called one after the other before anything else.
+        structured_outputs: what form the answer must have. It ends ("stop") where that lets nothing follow, also with
+            `ignore_eos` or before `min_tokens`; these forbid an end where it may go on.
 
     Raises:
         InvalidRequestError: a field outside its range; the message names both.
@@ -87,6 +159,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self.verify()
@@ -145,6 +218,10 @@ class SamplingParams:
             raise InvalidRequestError("spaces_between_special_tokens=False is not implemented: leave it at True")
         if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
             raise InvalidRequestError("allowed_token_ids is empty: nothing could be written")
+        kind = StructuredOutputsParams | None
+        _check_kind("structured_outputs", self.structured_outputs, kind, "StructuredOutputsParams")
+        if self.structured_outputs is not None:
+            self.structured_outputs.verify()
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -199,7 +276,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_kind(name: str, value: object, kind: type, what: str) -> None:
+def _check_kind(name: str, value: object, kind: type | UnionType, what: str) -> None:
     if not isinstance(value, kind):
         raise InvalidRequestError(f"{name} must be {what}, not {value!r}")
 

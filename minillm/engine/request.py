@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
+from llguidance import LLMatcher
 
 from minillm.cache.block_pool import ROOT, block_hash
 from minillm.cache.block_table import BlockTable
@@ -35,6 +36,7 @@ class Request:
         num_cached_tokens: how many of them were found in memory when it was first scheduled.
         prompt_logprobs: of the prompt's tokens, as they are computed; None where they are not asked for.
         bad_word_ids: sequences of tokens whose last one is not written behind the others.
+        matcher: where the answer is in the grammar that it follows, if it follows one.
     """
 
     request_id: str
@@ -57,6 +59,7 @@ class Request:
     cumulative_logprob: float = 0.0
     bad_word_ids: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    matcher: LLMatcher | None = None
 
     @property
     def name(self) -> str:
@@ -70,6 +73,11 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it follows a grammar that lets nothing follow."""
+        return self.matcher is not None and self.matcher.is_stopped() and not self.matcher.is_error()
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens start … end - 1 of prompt and answer."""

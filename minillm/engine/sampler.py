@@ -16,11 +16,12 @@ from torch import Tensor
 
 from minillm.engine.outputs import Logprob, TokenLogprobs
 from minillm.engine.request import Request
+from minillm.engine.structured import keep_possible
 from minillm.transformer.sampling import MASKED, apply_penalties, draw, transform
 
 NOTHING_TO_CHOOSE = (
-    "no token can be chosen: allowed_token_ids, bad_words, min_tokens and logits_processors together forbid all of "
-    "them, or the logits are not numbers"
+    "no token can be chosen: structured_outputs, allowed_token_ids, bad_words, min_tokens, ignore_eos and "
+    "logits_processors together forbid all of them, or the logits are not numbers"
 )
 
 
@@ -36,7 +37,7 @@ class Sampler:
     """Chooses a token for each row.
 
     Args:
-        end_ids: the model's end-of-sequence tokens, which `min_tokens` forbids.
+        end_ids: the model's end-of-sequence tokens, which `min_tokens` forbids and a grammar that can end allows.
         decode: token → its text, for log-probabilities.
     """
 
@@ -51,6 +52,8 @@ class Sampler:
         """
         raw = logits
         logits, errors = self._restrict(logits, requests)
+        logits, broken = keep_possible(logits, requests, self.end_ids)
+        errors |= broken
         logits = penalise(logits, requests)
         best = logits.max(dim=-1)
         possible = best.values.isfinite().tolist()

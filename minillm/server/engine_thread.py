@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from llguidance import LLMatcher
+
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
@@ -101,9 +103,18 @@ class EngineThread:
             raise OverloadedError(f"{waiting} answers are being waited for already: try again later")
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        matcher: LLMatcher | None = None,
     ) -> RequestStream:
         """Hand a request to the engine and return its outputs-to-be, once the engine has taken it.
+
+        Args:
+            matcher: of its `structured_outputs`, compiled: the engine's thread has no time for that.
 
         Raises:
             InvalidRequestError: what cannot be generated.
@@ -116,7 +127,7 @@ class EngineThread:
         try:
             await self.ask(
                 lambda engine: engine.add_request(
-                    request_id, prompt_token_ids, params, prompt=prompt, arrival_time=arrival
+                    request_id, prompt_token_ids, params, prompt=prompt, arrival_time=arrival, matcher=matcher
                 )
             )
         except asyncio.CancelledError:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from minillm.engine.params import RequestOutputKind, SamplingParams
+from minillm.engine.params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from minillm.errors import InvalidRequestError
 
 MAX_ANSWERS = 128
@@ -38,6 +38,56 @@ class StreamOptions(Model):
     """What a stream holds beside the answer."""
 
     include_usage: bool | None = None
+
+
+class StructuredOutputs(Model):
+    """What form an answer must have: one of json, regex, choice, grammar, json_object."""
+
+    schema_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    regex: str | None = None
+    choice: list[Stop] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+    structural_tag: None = None
+
+    def to_params(self) -> StructuredOutputsParams:
+        """The engine's parameters.
+
+        Raises:
+            InvalidRequestError: none of these, several, or options that do not fit.
+        """
+        return StructuredOutputsParams(**self.model_dump(by_alias=True, exclude_none=True))
+
+
+class JsonSchema(Model):
+    """A JSON schema under a name; answers satisfy it whether `strict` or not."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Model):
+    """Plain text, a JSON object, or what a schema says."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def to_params(self) -> StructuredOutputsParams | None:
+        """The engine's parameters; None for plain text.
+
+        Raises:
+            InvalidRequestError: a schema is missing, or given for another type.
+        """
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise InvalidRequestError("response_format.json_schema is for type json_schema, which needs it")
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.schema_)
+        return None if self.type == "text" else StructuredOutputsParams(json_object=True)
 
 
 class SamplingFields(Model):
@@ -69,8 +119,10 @@ class SamplingFields(Model):
     allowed_token_ids: list[int] | None = None
     bad_words: list[Stop] | None = None
 
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
     prompt_logprobs: None = None
-    structured_outputs: None = None
     guided_json: None = None
     guided_regex: None = None
     guided_choice: None = None
@@ -86,6 +138,19 @@ class SamplingFields(Model):
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    def form(self) -> StructuredOutputsParams | None:
+        """What form answers must have.
+
+        Raises:
+            InvalidRequestError: a form that cannot be, or two of them.
+        """
+        form = None if self.response_format is None else self.response_format.to_params()
+        if self.structured_outputs is None:
+            return form
+        if form is not None:
+            raise InvalidRequestError("response_format and structured_outputs both say what form answers have: choose")
+        return self.structured_outputs.to_params()
+
     def params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
         """The engine's parameters.
 
@@ -100,7 +165,7 @@ class SamplingFields(Model):
             raise InvalidRequestError("stream_options is for stream=true")
         said = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
-        return SamplingParams(**defaults | said | others, output_kind=kind)
+        return SamplingParams(**defaults | said | others, output_kind=kind, structured_outputs=self.form())
 
 
 SAMPLING = (
@@ -137,7 +202,6 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool | None = Field(None, description="Whether texts get the tokenizer's special tokens.")
     suffix: None = None
     best_of: None = None
-    response_format: None = None
 
     @property
     def only_prompt(self) -> bool:
@@ -233,12 +297,6 @@ class NamedTool(Model):
     function: FunctionName
 
 
-class TextFormat(Model):
-    """Plain text: the only form of answers."""
-
-    type: Literal["text"]
-
-
 class ChatFields(Model):
     """How a conversation is written down for the model."""
 
@@ -261,7 +319,6 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(None, description="Before max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
         None, description="auto where there are tools; required and named tools are refused."
     )

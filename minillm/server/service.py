@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+
+from fastapi.concurrency import run_in_threadpool
 
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
@@ -64,6 +67,9 @@ class Service:
         self.is_draining = False
         self.created = int(time.time())
         self.defaults = llm.generation_config
+        self._compiling = asyncio.Semaphore(1)  # one at a time: what one may take, in time and memory, is bounded
+        with contextlib.suppress(InvalidRequestError):  # of a tokenizer that cannot: told to requests that ask for it
+            llm.engine.grammars.prepare()  # now, since it stops all threads
         template_options = inspect.signature(self.tokenizer.apply_chat_template).parameters
         self._template_options = frozenset(template_options) - {"kwargs"} | {"tokenizer"}
 
@@ -159,12 +165,16 @@ class Service:
         Raises:
             MinillmError: a request that cannot be, too many, or an engine that has failed.
         """
-        self.check_ready()
         for _, ids in prompts:
             self._check_room(len(ids), max_tokens)
+        matcher = None
+        if params.structured_outputs is not None:
+            async with self._compiling:
+                matcher = await run_in_threadpool(self.llm.engine.grammars.compile, params.structured_outputs)
+        self.check_ready()
         begun = await asyncio.gather(
             *(
-                self.engine.generate(f"{request_id}-{at}", ids, params, prompt=text)
+                self.engine.generate(f"{request_id}-{at}", ids, params, prompt=text, matcher=matcher)
                 for at, (text, ids) in enumerate(prompts)
             ),
             return_exceptions=True,
