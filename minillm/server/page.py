@@ -134,7 +134,7 @@ def settings(service: Service) -> PageSettings:
 def _chat_refusal(service: Service) -> str | None:
     """Why the model cannot be talked to; None where it can."""
     try:
-        service.conversation(ChatFields(messages=[Message(role="user", content="Hello")]))
+        service.conversation(ChatFields.model_validate({"messages": [{"role": "user", "content": "Hello"}]}))
     except MinillmError as error:
         return str(error)
     return None

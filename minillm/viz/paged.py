@@ -269,7 +269,7 @@ def program_grid(
 
 
 def _queries_of(launch: Launch, tile: int, starts: Sequence[int], group: int) -> tuple[int, range]:
-    """The sequence of a tile of queries, and the rows of `q` that are its own: none where the kernel returns at once."""
+    """A tile's sequence, and the rows of `q` that are its own; none where the program returns at once."""
     queries = launch.tile.rows // group
     if launch.most <= queries:
         seq, first = tile, starts[tile]
