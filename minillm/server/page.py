@@ -22,7 +22,7 @@ from minillm.engine.request import Request
 from minillm.errors import MinillmError
 from minillm.server.engine_thread import EngineThread
 from minillm.server.events import EventStream
-from minillm.server.protocol import ChatFields, LiveRequest, LiveSnapshot, Message, PageSettings
+from minillm.server.protocol import ChatFields, LiveRequest, LiveSnapshot, PageSettings
 from minillm.server.service import Service
 
 FILES = {
