@@ -586,8 +586,8 @@ show_part(gpu._attend, "for begin in range(", "if hides or")
 # `key` is a tile of positions, and `key // BLOCK_SIZE` their logical blocks. `tl.load` fetches the physical ones from
 # the table, all at once. Then `place` says where in the cache each key begins: it is notebook 08's slot formula, once
 # more. The mask `kept` makes sure that nothing is read that is not there. Keys and values are loaded, queries and keys
-# multiplied. (The loop is written once and stands twice in the compiled code, by `hides`: large tiles of queries first go
-# over the keys that all of them see, where nothing need be hidden.) Then:
+# multiplied. (The loop is written once and stands twice in the compiled code, by `hides`: large tiles of queries first
+# go over the keys that all of them see, where nothing need be hidden.) Then:
 
 # %%
 show_part(gpu._attend, "best = tl.maximum", "largest = best")
