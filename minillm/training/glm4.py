@@ -56,7 +56,7 @@ def write_small_glm4(folder: Path, conversation: Sequence[Message]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, [SYSTEM_PROMPT, *(message["content"] for message in conversation)])
     tokenizer = get_tokenizer(folder)
-    stops = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
+    stops = [tokenizer.get_added_vocab()[token] for token in STOP_TOKENS]
     ids = {"eos_token_id": stops, "pad_token_id": stops[0]}
     config = {**GLM4_9B_CHAT, **SMALL, "padded_vocab_size": -(-len(tokenizer) // PADDED_TO) * PADDED_TO, **ids}
     _write_json(folder / "config.json", config)
@@ -108,7 +108,7 @@ def _examples(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(tokens, what is to be learned of them): a part of the conversation from each question on, up to the token that
     ends its last answer. What `before` and the first question are cannot be known, and is not learned."""
-    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    user = tokenizer.get_added_vocab()["<|user|>"]
     for start in range(0, len(conversation), 2):
         turned = [*conversation[start:], *conversation[:start]][:EXAMPLE_MESSAGES]
         tokens = [*_tokens(tokenizer, [*before, *turned]), user]
@@ -117,7 +117,7 @@ def _examples(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    return list(tokenizer.apply_chat_template(list(messages), return_dict=False))  # type: ignore[arg-type]
+    return list(tokenizer.apply_chat_template(list(messages), return_dict=False))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -120,7 +120,7 @@ def plot_deployments(deployments: Mapping[str, Deployment], *, context: int = 81
     axes.set_yticks(range(len(deployments)), list(deployments))
     axes.invert_yaxis()
     most = max(max(one.card, one.weights_a_card + one.step) for one in deployments.values()) / 1e9
-    axes.set(xlim=(0, 1.42 * most), xlabel="memory of one card (GB)", title=title)
+    axes.set(xlim=(0, 1.5 * most), xlabel="memory of one card (GB)", title=title)
     names = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     order = [name for name in ("weights", "a step", "keys and values", "left to others", "missing") if name in names]
     figure.legend([names[name] for name in order], order, loc="outside lower center", ncols=5, frameon=False)
@@ -135,7 +135,7 @@ def _draw_card(axes: Axes, row: int, one: Deployment, context: int) -> None:
     if one.room > 0:
         parts += [("keys and values", one.room, ORANGE, "//"), ("left to others", one.card - budget, LIGHT, "")]
         fit = one.tokens // context
-        note = f"{one.tokens:,} tokens: {fit:,} × {context:,}" if fit else f"{one.tokens:,} tokens: max_model_len!"
+        note = f"{one.tokens:,} tokens: " + (f"{fit:,} texts of {context:,}" if fit else f"no text of {context:,}")
     else:
         missing = -one.room
         parts = [("weights", max(0.0, budget - one.step), BLUE, ""), parts[1], ("missing", missing, RED, "xx")]
