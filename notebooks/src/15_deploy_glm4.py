@@ -6,8 +6,8 @@
 # is called, and what to look at before and after the doors open.
 #
 # The real model is 18.8 GB. So that everything here runs on your laptop, offline, in half a minute, we first write a
-# **stand-in**: the same files with the same names and fields, but a thousand times thinner, and it has learned one
-# conversation by heart. Set the environment variable `GLM4_MODEL` to the real one before you start this notebook, and
+# **stand-in**: the same files with the same names and fields, only far smaller, and it has learned one conversation by
+# heart. Set the environment variable `GLM4_MODEL` to the real one before you start this notebook, and
 # the same cells deploy that.
 #
 # **By the end of this notebook you will be able to**
@@ -131,7 +131,8 @@ assert not any(name.endswith(".py") for name in wanted)
 
 # %%
 model_folder = resolve(MODEL)
-for path in sorted(model_folder.iterdir()):
+files = sorted(path for path in model_folder.iterdir() if path.is_file())
+for path in files:
     print(f"{path.stat().st_size / 1e3:9.1f} kB  {path.name}")
 assert is_complete(model_folder)
 
@@ -150,7 +151,7 @@ print("\n".join(first_layer))
 # %%
 broken = Path(scratch.name) / "broken"
 broken.mkdir()
-for path in model_folder.iterdir():
+for path in files:
     if path.suffix != ".safetensors":
         shutil.copy(path, broken)
 print("complete:", is_complete(broken))
@@ -183,7 +184,7 @@ print(json.dumps({"architectures": GLM4_9B_CHAT["architectures"]} | {key: GLM4_9
 family, config = translate(GLM4_9B_CHAT)
 with torch.device("meta"):
     glm4 = Decoder(config)
-print(f"{num_parameters(glm4):,} parameters; a matrix: {glm4.layers[0].attention.qkv}")
+print(f"{num_parameters(glm4):,} parameters; the first layer's q/k/v: {glm4.layers[0].attention.qkv}")
 
 # %% [markdown]
 # And by hand, term by term:
@@ -202,7 +203,7 @@ assert by_hand == num_parameters(glm4)
 parts = {"feed-forward": config.num_layers * feed_forward, "attention": config.num_layers * attention}
 parts |= {"embedding and head": 2 * config.vocab_size * hidden, "norms": config.num_layers * norms + hidden}
 for name, count in parts.items():
-    print(f"{name:18s} {count / 1e9:6.3f} billion  {count / by_hand:6.1%}")
+    print(f"{name:18s} {count / 1e6:8,.1f} million  {count / by_hand:6.1%}")
 
 # %% [markdown]
 # ### Weights
@@ -214,6 +215,7 @@ for name, count in parts.items():
 for kind in ("bfloat16", "int8", "int4"):
     print(f"{kind:9s} {weight_bytes(glm4, kind) / 1e9:5.1f} GB")
 assert weight_bytes(glm4) == 2 * by_hand
+assert round(weight_bytes(glm4) / 1e9, 1) == 18.8  # as the introduction says
 
 # %% [markdown]
 # ### Keys and values
@@ -232,8 +234,8 @@ for name, one in (("2 groups, as published", config), ("a head for every query",
 # %% [markdown]
 # ### What fits
 #
-# The engine may use a share of the card, `gpu_memory_utilization`. (vLLM's default was 0.9 for long, and this notebook
-# takes that.) Of this go the weights, and what one largest step needs. All that is left becomes blocks for keys and
+# The engine may use a share of the card, `gpu_memory_utilization`. (0.92 where nothing is said; most guides write 0.9,
+# and so do we.) Of this go the weights, and what one largest step needs. All that is left becomes blocks for keys and
 # values:
 #
 # $$
@@ -272,9 +274,9 @@ print(f"{large_card.card / small_card.card:.1f} × the card, {large_card.tokens 
 
 # %%
 _, deployed = translate(read_config(model_folder))
-little = 1000 * deployed.kv_bytes_per_token(torch.float32)
+little = 1000 * deployed.kv_bytes_per_token(torch.bfloat16)
 try:
-    LLM(MODEL, dtype="float32", device="cpu", kv_cache_memory_bytes=little)
+    LLM(MODEL, dtype="bfloat16", kv_cache_memory_bytes=little)
 except MinillmError as error:
     print(f"{type(error).__name__}: {error}")
 
@@ -306,8 +308,9 @@ assert rows["0.80"].room < 0 < rows["0.85"].room
 # | int8 | nearly nothing in quality (notebook 13) | on a CPU |
 # | int4 | something; measure it on your own texts | on a CPU |
 #
-# On GPUs vLLM and others do this with kernels for it; minillm's rounded layers are for the CPU. There the sizes matter
-# as well: in bfloat16 the model needs a machine with about 24 GB of memory, with int4 one with 16.
+# On GPUs vLLM and others do this with kernels for it; minillm's rounded layers are for the CPU. There they save bytes
+# for each token, and memory once the model has been loaded; while it is, its weights are there in bfloat16, so the
+# machine needs about 24 GB in any case.
 
 # %%
 rows = {f"24 GB, {kind}": Deployment(glm4, 24e9, kind) for kind in ("bfloat16", "int8", "int4")}
@@ -323,25 +326,28 @@ assert rows["24 GB, int8"].tokens > 5 * rows["24 GB, bfloat16"].tokens
 # two groups, so two cards take one group each. Four cards cannot take half a group: each group is kept **twice**.
 
 # %%
-for cards in (1, 2, 4, 8):
-    one = Deployment(glm4, 24e9, cards=cards)
-    print(
-        f"{cards} cards: {one.weights_a_card / 1e9:5.1f} GB of weights, {one.kv_heads_a_card} group of keys and", end=""
-    )
-    print(f" values, {one.token_bytes / 2**10:.0f} KiB a token on each, {one.tokens:9,} tokens")
+several = {cards: Deployment(glm4, 24e9, cards=cards) for cards in (1, 2, 4, 8)}
+print("cards  on each: weights   groups   a token      room for")
+for cards, one in several.items():
+    weights, token = one.weights_a_card / 1e9, one.token_bytes / 2**10
+    print(f"{cards:5d} {weights:13.1f} GB {one.kv_heads_a_card:8d} {token:6.0f} KiB {one.tokens:9,} tokens")
 
 # %%
-rows = {f"{cards} × 24 GB": Deployment(glm4, 24e9, cards=cards) for cards in (1, 2, 4, 8)}
+rows = {f"{cards} × 24 GB": one for cards, one in several.items()}
 plot_deployments(rows, title="Two cards hold far more than twice as much; eight hardly more than four")
 plt.show()
-assert rows["2 × 24 GB"].tokens > 10 * rows["1 × 24 GB"].tokens
-assert rows["4 × 24 GB"].token_bytes == rows["2 × 24 GB"].token_bytes
+assert several[2].tokens > 10 * several[1].tokens
+assert several[4].token_bytes == several[2].token_bytes
 
 # %% [markdown]
 # From one card to two, both the weights and the keys and values of a card are halved. From two to four only the
-# weights are. From there on, two or four separate copies of the model, with the requests shared out among them, serve
-# more users than one that is spread thinner.
-#
+# weights are. So four cards are better used for two copies of the model, with the requests shared out among them:
+
+# %%
+print(f"four cards: one model {several[4].tokens:,} tokens, two copies {2 * several[2].tokens:,}")
+assert 2 * several[2].tokens > several[4].tokens
+
+# %% [markdown]#
 # This section was arithmetic: minillm runs on one device so far, and says so rather than running slower in silence.
 
 # %%
@@ -374,16 +380,16 @@ plt.show()
 #
 # 1. Nine. What is left over is enough for most of a tenth, and useless for whole books.
 # 2. 0.84: there the room is about 0.4 GB.
-# 3. Two 24 GB cards: 546,877 tokens against 395,510. With four 24 GB cards there are 776,368, with eight 891,113: no
-#    number of them reaches the 1,274,416 of the large card. Each keeps a whole group, however many there are.
+# 3. Two 24 GB cards: about 547,000 tokens against 396,000. With four there are 776,000, with eight 891,000: no number
+#    of them reaches the 1,274,000 of the large card, since each keeps a whole group, however many there are.
 #
 # </details>
 
 # %%
 assert large_card.tokens // 131_072 == 9
 assert [Deployment(glm4, 24e9, utilization=share).tokens >= 8192 for share in (0.83, 0.84)] == [False, True]
-assert rows["2 × 24 GB"].tokens > Deployment(glm4, 40e9).tokens
-assert rows["8 × 24 GB"].tokens < large_card.tokens
+compared = (several[2], Deployment(glm4, 40e9), several[4], several[8], large_card)
+assert [round(one.tokens / 1000) for one in compared] == [547, 396, 776, 891, 1274]
 
 # %% [markdown]
 # ## 4 · Is it the right model?
@@ -442,8 +448,9 @@ print(text)
 assert text == "[gMASK]<sop><|system|>\nBe brief.<|user|>\n你好<|assistant|>"
 
 # %% [markdown]
-# - `[gMASK]<sop>` stands at the beginning of every text, once. It is a remainder of GLM's first way of training, in
-#   which a mask in the text was filled in behind it (Du et al. 2022): “what comes now is generated”.
+# - `[gMASK]<sop>` stands at the beginning of every text, once. It comes from GLM's way of training, in which a masked
+#   piece of the text is written behind it (Du et al. 2022, §2.1). `[gMASK]` says that the piece is all that follows,
+#   and `<sop>` is “start of piece”.
 # - A turn begins with the role as a special token, then a line break, then what is said. Nothing marks its end but the
 #   next role.
 # - `add_generation_prompt=True` writes `<|assistant|>`: it is your turn. Without it the model would begin by deciding
@@ -453,7 +460,7 @@ assert text == "[gMASK]<sop><|system|>\nBe brief.<|user|>\n你好<|assistant|>"
 
 # %%
 ids = tokenizer(text, add_special_tokens=False).input_ids
-print(len(ids), "tokens:", tokenizer.convert_ids_to_tokens(ids)[:3], "…", tokenizer.convert_ids_to_tokens(ids)[-4:])
+print(len(ids), "tokens:", [tokenizer.decode([token]) for token in ids])
 special = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>")
 print({token: tokenizer.convert_tokens_to_ids(token) for token in special})
 assert all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for token in special)
@@ -473,8 +480,9 @@ print(output.prompt_token_ids.count(begin), "time")
 assert output.prompt_token_ids == ids
 
 # %% [markdown]
-# What does it matter? Here is the same question in four ways. The stand-in has seen one form only, and shows plainly
-# what a large model hides better: it gets worse, and no error says why.
+# What does it matter? A model hides it well: even from a wrong prompt the stand-in often makes the right answer. So we
+# do not look at what it writes, but ask how probable the right answer is for it, to its end (the token after it
+# included). That is one pass over prompt and answer:
 
 
 # %%
@@ -484,20 +492,32 @@ def answer(prompt, **different):
     return llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].text
 
 
+def surprise(prompt, answer):
+    """-log p of the answer's tokens behind the prompt, in nats."""
+    tokens, behind = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, answer))
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate([tokens + behind], asked, use_tqdm=False)
+    told = output.prompt_logprobs[len(tokens) :]
+    return -sum(one[token].logprob for one, token in zip(told, behind, strict=True))
+
+
+# %%
 question = "What is the capital of France?"
-right = tokenizer.apply_chat_template(
-    [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-)
-ways = {"template": right, "no template": question, "another model's": f"<|im_start|>user\n{question}<|im_end|>\n"}
-ways["no generation prompt"] = right.removesuffix("<|assistant|>")
+asked = [{"role": "user", "content": question}]
+right = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+ways = {"the template": right, "[gMASK]<sop> twice": "[gMASK]<sop>" + right, "only the question": question}
+ways["no <|assistant|>"] = right.removesuffix("<|assistant|>")
+ways["another model's"] = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+nats = {name: surprise(prompt, "\nThe capital of France is Paris.<|user|>") for name, prompt in ways.items()}
 
 # %% tags=["nbval-ignore-output"]
 for name, prompt in ways.items():
-    print(f"{name:21s} {answer(prompt)!r}")
+    print(f"{name:20s} {nats[name]:6.2f} nats   {answer(prompt)!r}")
 
 # %%
 if IS_STAND_IN:
     assert answer(right) == "\nThe capital of France is Paris."
+    assert all(nats["the template"] < other for name, other in nats.items() if name != "the template")
 
 # %% [markdown]
 # The right answer begins with a line break. That is not an accident: in the template a line break follows each role,
@@ -557,12 +577,12 @@ if IS_STAND_IN:
 # llm = LLM(model=MODEL, tensor_parallel_size=1, max_model_len=4096, trust_remote_code=True, enforce_eager=True)
 # ```
 
-# %%
+# %% tags=["nbval-ignore-output"]
 prompt = [{"role": "user", "content": "你好"}]
 tokenizer = minillm.get_tokenizer(MODEL)
-sampling_params = SamplingParams(temperature=0.95, max_tokens=1024, stop_token_ids=stop_token_ids, seed=1)
+sampling_params = SamplingParams(temperature=0.95, max_tokens=1024, stop_token_ids=stop_token_ids, seed=0)
 inputs = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-outputs = llm.generate(prompts=inputs, sampling_params=sampling_params)
+outputs = llm.generate(prompts=inputs, sampling_params=sampling_params, use_tqdm=False)
 print(outputs[0].outputs[0].text)
 
 # %% [markdown]
@@ -607,7 +627,7 @@ command += ["--max-model-len", "4096", "--max-num-seqs", "16", "--max-unfinished
 log = (Path(scratch.name) / "server.log").open("w")
 environment = os.environ | {"MINILLM_API_KEY": key}
 server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-atexit.register(server.kill)  # whatever happens to this notebook
+_ = atexit.register(server.kill)  # whatever happens to this notebook
 
 # %% [markdown]
 # It is not ready at once: weights have to be read, kernels compiled, memory reserved. `/health` says when it is. A
@@ -713,10 +733,12 @@ def metrics(*names):
     """The server's numbers whose names begin so."""
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     told = (line.removeprefix("minillm:").rsplit(" ", 1) for line in lines if line.startswith("minillm:"))
-    return {name: float(value) for name, value in told if name.startswith(names)}
+    return {name: float(value) for name, value in told if name.startswith(names) and "_created" not in name}
 
 
-for name, value in metrics("request_success", "prompt_tokens_total", "generation_tokens_total", "num_pre").items():
+for name, value in metrics(
+    "request_success", "prompt_tokens_total", "generation_tokens_total", "num_preemptions_total"
+).items():
     print(f"{name:75s} {value:6.0f}")
 
 # %% [markdown]
