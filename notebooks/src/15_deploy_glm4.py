@@ -517,9 +517,15 @@ for name, prompt in ways.items():
 # %%
 if IS_STAND_IN:
     assert answer(right) == "\nThe capital of France is Paris."
-    assert all(nats["the template"] < other for name, other in nats.items() if name != "the template")
+    assert nats["the template"] < 1
+    assert min(nats[name] for name in ("only the question", "no <|assistant|>", "another model's")) > 5
 
 # %% [markdown]
+# The answer may be right, and its probability is gone: the first tokens come as a surprise, and the rest is learned by
+# heart. A real model, asked something that it does not know by heart, gets worse without a word. (`[gMASK]<sop>` twice
+# does the stand-in no harm. Nobody has promised that for the real one.) When a model seems duller than it was said to
+# be, print the prompt first.
+#
 # The right answer begins with a line break. That is not an accident: in the template a line break follows each role,
 # and `<|assistant|>` at the end of the prompt has none, so the model writes it. The real one does the same. Take it
 # away where it disturbs (`text.lstrip()`).
@@ -746,7 +752,7 @@ for name, value in metrics(
 #
 # Compilation and reservation are over when `/health` says 200, so the first request is not special for these. But a
 # first request finds no beginning of its prompt in memory. Services put a long text in front of every question: rules,
-# examples, a handbook. We make one of about 2,000 tokens, and ask three times for a single token:
+# examples, a handbook. We make one of about 2,500 tokens, and ask three times for a single token:
 
 # %%
 handbook = " ".join([SYSTEM_PROMPT] * 60)

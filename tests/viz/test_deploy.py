@@ -102,7 +102,7 @@ def test_explorer_draws_what_its_controls_say():
     explorer = explore_deployment()
     *controls, image = explorer.children
     assert isinstance(image, ipywidgets.Image)
-    assert image.value.startswith(PNG)
+    assert bytes(image.value).startswith(PNG)
     seen = {bytes(image.value)}
     for control, value in zip(controls, ("int8", 0.7, 2, 131_072), strict=True):
         control.value = value
