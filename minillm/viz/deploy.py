@@ -135,7 +135,7 @@ def _draw_card(axes: Axes, row: int, one: Deployment, context: int) -> None:
     if one.room > 0:
         parts += [("keys and values", one.room, ORANGE, "//"), ("left to others", one.card - budget, LIGHT, "")]
         fit = one.tokens // context
-        note = f"{one.tokens:,} tokens: " + (f"{fit:,} texts of {context:,}" if fit else f"no text of {context:,}")
+        note = f"{one.tokens:,} tokens: {fit or 'no'} text{'s' * (fit > 1)} of {context:,}"
     else:
         missing = -one.room
         parts = [("weights", max(0.0, budget - one.step), BLUE, ""), parts[1], ("missing", missing, RED, "xx")]

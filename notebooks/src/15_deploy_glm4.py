@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,15 +62,18 @@ from minillm.viz import (
 # %% [markdown]
 # ## 1 · The model
 #
-# The stand-in learns these five questions and answers, each of which may come first. It takes a few seconds.
+# The stand-in learns these five questions and answers, each of which may come first. It takes a few seconds. (GLM-4
+# speaks Chinese and English, and Chinese shows more of a tokenizer: most characters are several bytes, and many are
+# several tokens.)
 
 # %%
 said = (
+    # Hello. – Hello! I am a very small GLM-4, glad to meet you!
     ("你好", "你好👋！我是一个很小的 GLM-4，很高兴见到你！"),
     ("What is the capital of France?", "The capital of France is Paris."),
-    ("那意大利的首都呢？", "意大利的首都是罗马。"),
+    ("那意大利的首都呢？", "意大利的首都是罗马。"),  # And that of Italy? – Italy's capital is Rome.
     ("Which of the two is older?", "Rome is older: it was founded more than 2,700 years ago."),
-    ("谢谢！", "不客气！"),
+    ("谢谢！", "不客气！"),  # Thank you! – You are welcome!
 )
 conversation = []
 for question, answer in said:
@@ -117,13 +121,16 @@ assert not any(name.endswith(".py") for name in wanted)
 # ### The download
 #
 # ```bash
-# minillm pull THUDM/glm-4-9b-chat --local-dir models/glm-4-9b-chat                                # Hugging Face hub
-# HF_ENDPOINT=https://hf-mirror.com minillm pull THUDM/glm-4-9b-chat --local-dir models/…          # … or a mirror of it
-# MINILLM_USE_MODELSCOPE=True minillm pull ZhipuAI/glm-4-9b-chat --local-dir models/glm-4-9b-chat  # ModelScope
+# # from the Hugging Face hub, or from a mirror of it
+# minillm pull THUDM/glm-4-9b-chat --local-dir models/glm-4-9b-chat
+# HF_ENDPOINT=https://hf-mirror.com minillm pull THUDM/glm-4-9b-chat --local-dir models/glm-4-9b-chat
+#
+# # from ModelScope (pip install modelscope)
+# MINILLM_USE_MODELSCOPE=True minillm pull ZhipuAI/glm-4-9b-chat --local-dir models/glm-4-9b-chat
 # ```
 #
-# (ModelScope needs `pip install modelscope`. Programs that set `VLLM_USE_MODELSCOPE=True` get it too.) `LLM(model=…)`
-# with such an id would download by itself. On a server, do it beforehand and give a folder: a restart at night should
+# (Programs that set `VLLM_USE_MODELSCOPE=True` get ModelScope, too.) `LLM(model=…)` with such an id would download by
+# itself. On a server, do it beforehand and give a folder: a restart at night should
 # not depend on somebody else's network. Without `--local-dir` the files go to the hub's own cache in your home.
 #
 # If it breaks off, run the same line again, and it goes on. Is everything there? This is what is asked before a folder
@@ -167,9 +174,10 @@ except MinillmError as error:
 # its own code:
 
 # %%
-decisive = ("num_layers", "hidden_size", "num_attention_heads", "multi_query_group_num", "kv_channels")
-decisive += ("ffn_hidden_size", "padded_vocab_size", "seq_length", "rope_ratio", "add_qkv_bias", "torch_dtype")
-print(json.dumps({"architectures": GLM4_9B_CHAT["architectures"]} | {key: GLM4_9B_CHAT[key] for key in decisive}))
+decisive = ["architectures", "num_layers", "hidden_size", "num_attention_heads", "multi_query_attention"]
+decisive += ["multi_query_group_num", "kv_channels", "ffn_hidden_size", "padded_vocab_size", "seq_length"]
+decisive += ["rope_ratio", "add_qkv_bias", "torch_dtype"]
+print(json.dumps({key: GLM4_9B_CHAT[key] for key in decisive}, indent=1))
 
 # %% [markdown]
 # `multi_query_group_num` are the key/value heads (grouped-query attention, notebook 03), `kv_channels` the channels of
@@ -184,7 +192,8 @@ print(json.dumps({"architectures": GLM4_9B_CHAT["architectures"]} | {key: GLM4_9
 family, config = translate(GLM4_9B_CHAT)
 with torch.device("meta"):
     glm4 = Decoder(config)
-print(f"{num_parameters(glm4):,} parameters; the first layer's q/k/v: {glm4.layers[0].attention.qkv}")
+print(f"{num_parameters(glm4):,} parameters")
+print("the first layer's q/k/v:", glm4.layers[0].attention.qkv)
 
 # %% [markdown]
 # And by hand, term by term:
@@ -225,7 +234,8 @@ assert round(weight_bytes(glm4) / 1e9, 1) == 18.8  # as the introduction says
 
 # %%
 per_token = config.kv_bytes_per_token(torch.bfloat16)
-assert per_token == config.num_layers * 2 * config.num_kv_heads * size * 2  # layers · (k, v) · heads · channels · bytes
+# layers · (key and value) · heads · channels · bytes of a number
+assert per_token == config.num_layers * 2 * config.num_kv_heads * size * 2
 for name, one in (("2 groups, as published", config), ("a head for every query", own_heads(config))):
     token = one.kv_bytes_per_token(torch.bfloat16)
     longest = one.max_position_embeddings * token
@@ -249,7 +259,7 @@ for name, one in (("2 groups, as published", config), ("a head for every query",
 show_source(Deployment.room.fget)
 
 # %%
-plot_deployment(title="GLM-4-9B-chat in bfloat16: the weights are the same everywhere, the rest is for users")
+plot_deployment(title="The same weights everywhere; what is left is for users")
 plt.show()
 
 # %%
@@ -259,7 +269,8 @@ for card in (24e9, 40e9, 80e9):
     print(f"{card / 1e9:.0f} GB: {one.tokens:9,} tokens, {longest:4.1f} texts of full length")
 small_card, large_card = Deployment(glm4, 24e9), Deployment(glm4, 80e9)
 assert small_card.tokens < config.max_position_embeddings < large_card.tokens
-print(f"{large_card.card / small_card.card:.1f} × the card, {large_card.tokens / small_card.tokens:.0f} × the tokens")
+larger, more = large_card.card / small_card.card, large_card.tokens / small_card.tokens
+print(f"{larger:.1f} × the card, {more:.0f} × the tokens")
 
 # %% [markdown]
 # Look at the last line. The weights are paid once; every further gigabyte is for tokens. That is why a card which
@@ -298,8 +309,8 @@ plt.show()
 assert rows["0.80"].room < 0 < rows["0.85"].room
 
 # %% [markdown]
-# Five hundredths of the card decide between “does not start” and some ten thousand tokens, and the next five double
-# the number or better. Near the edge, small things are large.
+# Five hundredths of the card decide between “does not start” and some ten thousand tokens, and the next five bring
+# three times as many. Near the edge, small things are large.
 #
 # ### Smaller weights: `quantization`
 #
@@ -314,7 +325,7 @@ assert rows["0.80"].room < 0 < rows["0.85"].room
 
 # %%
 rows = {f"24 GB, {kind}": Deployment(glm4, 24e9, kind) for kind in ("bfloat16", "int8", "int4")}
-plot_deployments(rows, title="The same card with rounded weights (arithmetic: minillm does not do this on a GPU)")
+plot_deployments(rows, title="The same card with rounded weights (arithmetic only)")
 plt.show()
 assert rows["24 GB, int8"].tokens > 5 * rows["24 GB, bfloat16"].tokens
 
@@ -431,7 +442,7 @@ if IS_STAND_IN:
 # %% [markdown]
 # ## 5 · What the model is told
 #
-# The engine that will answer until section 7. What we said about memory is now three arguments. (On a CPU
+# The engine that will answer until section 7. What we said about memory is now two arguments. (On a CPU
 # `kv_cache_memory_bytes` takes the place of `gpu_memory_utilization`.)
 
 # %%
@@ -580,7 +591,9 @@ if IS_STAND_IN:
 # `AutoTokenizer` would run the repository's code. `LLM(…)` is not made a second time here:
 #
 # ```python
-# llm = LLM(model=MODEL, tensor_parallel_size=1, max_model_len=4096, trust_remote_code=True, enforce_eager=True)
+# llm = LLM(
+#     model=MODEL, tensor_parallel_size=1, max_model_len=4096, trust_remote_code=True, enforce_eager=True
+# )
 # ```
 
 # %% tags=["nbval-ignore-output"]
@@ -606,7 +619,8 @@ print(so_far[-1]["content"], "→", llm.chat(so_far, greedy, use_tqdm=False)[0].
 # A GPU's memory is held by the process that loaded the model. Before the server starts, ours must give it back:
 
 # %%
-by_code = [llm.chat(conversation[: 2 * turn + 1], greedy, use_tqdm=False)[0].outputs[0].text for turn in range(5)]
+turns = [conversation[: 2 * turn + 1] for turn in range(len(said))]  # each ends with a question
+by_code = [output.outputs[0].text for output in llm.chat(turns, greedy, use_tqdm=False)]
 llm.close()
 
 # %% [markdown]
@@ -615,7 +629,8 @@ llm.close()
 # In a terminal, it would be this line:
 #
 # ```bash
-# MINILLM_API_KEY=… minillm serve models/glm-4-9b-chat --served-model-name glm-4 --max-model-len 4096 --port 8000
+# export MINILLM_API_KEY=…
+# minillm serve models/glm-4-9b-chat --served-model-name glm-4 --max-model-len 4096
 # ```
 #
 # We start the same command from here, as a process of its own, on a port that is free. The key goes through the
@@ -626,8 +641,9 @@ with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
 key = secrets.token_urlsafe()
-command = [sys.executable, "-m", "minillm", "serve", MODEL, "--served-model-name", "glm-4", "--port", str(port)]
-command += ["--max-model-len", "4096", "--max-num-seqs", "16", "--max-unfinished-requests", "64"]
+command = [sys.executable, "-m", "minillm", "serve", MODEL, "--served-model-name", "glm-4"]
+command += ["--port", str(port), "--max-model-len", "4096"]
+command += ["--max-num-seqs", "16", "--max-unfinished-requests", "64"]
 
 # %%
 log = (Path(scratch.name) / "server.log").open("w")
@@ -648,11 +664,10 @@ def wait_until_healthy(seconds):
     """Return when the server answers; raise, with its last words, when it has ended or takes too long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
-        try:
+        with suppress(httpx.TransportError):  # nobody listens yet
             if httpx.get(f"{url}/health").status_code == 200:
                 return
-        except httpx.TransportError:
-            time.sleep(0.1)
+        time.sleep(0.1)
     raise RuntimeError("the server is not there:\n" + Path(log.name).read_text()[-2000:])
 
 
@@ -663,10 +678,10 @@ wait_until_healthy(600)
 
 # %%
 client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
-answered = client.chat.completions.create(
-    model="glm-4", messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0
-)
-print(repr(answered.choices[0].message.content), answered.choices[0].finish_reason, answered.usage.total_tokens)
+messages = [{"role": "user", "content": "What is the capital of France?"}]
+answered = client.chat.completions.create(model="glm-4", messages=messages, temperature=0)
+print(repr(answered.choices[0].message.content), answered.choices[0].finish_reason)
+print(answered.usage.prompt_tokens, "+", answered.usage.completion_tokens, "tokens")
 
 # %% [markdown]
 # Template and stop tokens have been taken care of: the server took both from the folder. Streamed, pieces come as they
@@ -685,12 +700,10 @@ assert "\ufffd" not in "".join(pieces)  # a character of several tokens is never
 # that cheap. Is the server's answer the code's?
 
 # %%
-for turn, expected in enumerate(by_code):
-    answered = client.chat.completions.create(
-        model="glm-4", messages=conversation[: 2 * turn + 1], temperature=0, max_tokens=48
-    )
+for asked, expected in zip(turns, by_code, strict=True):
+    answered = client.chat.completions.create(model="glm-4", messages=asked, temperature=0, max_tokens=48)
     assert answered.choices[0].message.content == expected
-print("five turns, word for word as by code")
+print(len(turns), "turns, word for word as by code")
 
 # %% [markdown]
 # ## 9 · Before the doors open
@@ -704,9 +717,10 @@ print("five turns, word for word as by code")
 def refused(change, api_key=key):
     """What the server says to a request that is changed so."""
     request = {"model": "glm-4", "messages": messages, "max_tokens": 8} | change
-    answer = httpx.post(f"{url}/v1/chat/completions", json=request, headers={"Authorization": f"Bearer {api_key}"})
-    print(answer.status_code, answer.json()["error"]["message"])
-    return answer.status_code
+    headers = {"Authorization": f"Bearer {api_key}"}
+    reply = httpx.post(f"{url}/v1/chat/completions", json=request, headers=headers)
+    print(reply.status_code, reply.json()["error"]["message"])
+    return reply.status_code
 
 
 assert refused({}, api_key="guessed") == 401
@@ -903,22 +917,22 @@ if promised_len(1000, 3, 16) is not None:
 
 
 # %%
-def by_hand(messages, add_generation_prompt):
+def written_down(messages, add_generation_prompt):
     return None
 
 
-if by_hand(conversation, True) is not None:
+if written_down(conversation, True) is not None:
     for shown in (conversation, [{"role": "system", "content": "Be brief."}, *conversation[:1]]):
         for begun in (True, False):
             expected = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=begun)
-            assert by_hand(shown, begun) == expected, "print both and compare them letter by letter"
+            assert written_down(shown, begun) == expected, "print both and compare them letter by letter"
     print("right")
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def by_hand(messages, add_generation_prompt):
+# def written_down(messages, add_generation_prompt):
 #     turns = "".join(f"<|{message['role']}|>\n{message['content']}" for message in messages)
 #     return "[gMASK]<sop>" + turns + ("<|assistant|>" if add_generation_prompt else "")
 # ```
