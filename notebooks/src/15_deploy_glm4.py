@@ -703,7 +703,7 @@ assert "\ufffd" not in "".join(pieces)  # a character of several tokens is never
 for asked, expected in zip(turns, by_code, strict=True):
     answered = client.chat.completions.create(model="glm-4", messages=asked, temperature=0, max_tokens=48)
     assert answered.choices[0].message.content == expected
-print(len(turns), "turns, word for word as by code")
+print(f"{len(turns)} turns, word for word as by code")
 
 # %% [markdown]
 # ## 9 · Before the doors open
@@ -756,9 +756,8 @@ def metrics(*names):
     return {name: float(value) for name, value in told if name.startswith(names) and "_created" not in name}
 
 
-for name, value in metrics(
-    "request_success", "prompt_tokens_total", "generation_tokens_total", "num_preemptions_total"
-).items():
+shown = ("prompt_tokens_total", "generation_tokens_total", "num_preemptions_total", "request_success")
+for name, value in metrics(*shown).items():
     print(f"{name:75s} {value:6.0f}")
 
 # %% [markdown]
@@ -775,9 +774,9 @@ handbook = " ".join([SYSTEM_PROMPT] * 60)
 def ask(question):
     """Milliseconds to the first token, with the handbook in front, and tokens found in memory."""
     before = metrics("prefix_cache_hits_total")
-    rules = {"role": "system", "content": handbook}
+    asked = [{"role": "system", "content": handbook}, {"role": "user", "content": question}]
     start = time.perf_counter()
-    client.chat.completions.create(model="glm-4", messages=[rules, {"role": "user", "content": question}], max_tokens=1)
+    client.chat.completions.create(model="glm-4", messages=asked, max_tokens=1)
     taken = 1000 * (time.perf_counter() - start)
     return taken, sum(metrics("prefix_cache_hits_total").values()) - sum(before.values())
 
@@ -819,9 +818,8 @@ for what, rate in (("a token, 24 GB card (1.0 TB/s)", 1.0e12), ("a token, 80 GB 
 # first piece is there:
 
 # %%
-stream = client.chat.completions.create(
-    model="glm-4", messages=messages, max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
-)
+long = {"temperature": 0, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+stream = client.chat.completions.create(model="glm-4", messages=messages, stream=True, **long)
 chunks = [next(stream)]
 server.terminate()
 chunks += list(stream)
