@@ -27,6 +27,37 @@ from minillm.transformer.positions import RotaryConfig
 
 EPS = 1.5625e-07
 
+GLM4_9B_CHAT: Json = {
+    "_name_or_path": "THUDM/glm-4-9b-chat",
+    "model_type": "chatglm",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.ChatGLMModel"},
+    "num_layers": 40,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "kv_channels": 128,
+    "ffn_hidden_size": 13696,
+    "padded_vocab_size": 151552,
+    "seq_length": 131072,
+    "rope_ratio": 500,
+    "original_rope": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "layernorm_epsilon": EPS,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "eos_token_id": [151329, 151336, 151338],
+    "pad_token_id": 151329,
+}
+"""config.json of glm-4-9b-chat in its remote-code form, without the options of training."""
+
 
 def translate_hf(config: Json) -> DecoderConfig:
     """config.json of glm-4-9b-chat-hf."""

@@ -237,8 +237,11 @@ def _slots(decoder: Decoder, family: Family) -> dict[str, _Slot]:
 
 def published_weights(decoder: Decoder, family: Family) -> dict[str, Tensor]:
     """The decoder's weights under the family's published names: what a checkpoint of it holds (views, not copies)."""
-    slots = _slots(decoder, family)
-    return {family.prefix + name: slot.target.T if slot.transposed else slot.target for name, slot in slots.items()}
+    return {
+        # lm_head belongs to the class around the bare model and lacks its prefix.
+        name if name == "lm_head.weight" else family.prefix + name: slot.target.T if slot.transposed else slot.target
+        for name, slot in _slots(decoder, family).items()
+    }
 
 
 def _part(packed: Tensor, part: str, config: DecoderConfig) -> Tensor:

@@ -76,6 +76,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+def write_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
+    """The file that `read_ranks` reads."""
+    lines = [f"{base64.b64encode(piece).decode()} {rank}\n" for piece, rank in ranks.items()]
+    path.write_text("".join(lines), encoding="ascii", newline="\n")
+
+
 def glm4_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a GLM-4 repository in its remote-code form.
 

@@ -30,6 +30,13 @@ from minillm.viz.attention import (
 )
 from minillm.viz.blocks import explore_blocks, plot_blocks
 from minillm.viz.course import plot_course_map
+from minillm.viz.deploy import (
+    Deployment,
+    explore_deployment,
+    plot_deployment,
+    plot_deployments,
+    weight_bytes,
+)
 from minillm.viz.embeddings import (
     explore_merges,
     nearest,
@@ -181,6 +188,7 @@ __all__ = [
     "GPUS",
     "PUBLISHED",
     "AttentionTile",
+    "Deployment",
     "Gathered",
     "Gpu",
     "Machine",
@@ -205,6 +213,7 @@ __all__ = [
     "distribution",
     "entropy_bits",
     "explore_blocks",
+    "explore_deployment",
     "explore_heads",
     "explore_kv_memory",
     "explore_memory",
@@ -238,6 +247,8 @@ __all__ = [
     "plot_clocks",
     "plot_cost",
     "plot_course_map",
+    "plot_deployment",
+    "plot_deployments",
     "plot_exact_match",
     "plot_explored_programs",
     "plot_flat_batch",
@@ -325,4 +336,5 @@ __all__ = [
     "traced_tables",
     "used_share",
     "wavelengths",
+    "weight_bytes",
 ]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minillm.errors import InvalidRequestError
 from minillm.models.family import Json
+from minillm.models.glm4 import GLM4_9B_CHAT
 from minillm.models.registry import family_of
 from minillm.transformer.decoder import Decoder, DecoderConfig
 from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, RED, SKY, png
@@ -67,19 +68,7 @@ PUBLISHED: Mapping[str, Json] = {
         "head_dim": 128,
         "max_position_embeddings": 40960,
     },
-    "GLM-4-9B": {
-        "architectures": ["ChatGLMModel"],
-        "padded_vocab_size": 151552,
-        "hidden_size": 4096,
-        "ffn_hidden_size": 13696,
-        "num_layers": 40,
-        "num_attention_heads": 32,
-        "multi_query_attention": True,
-        "multi_query_group_num": 2,
-        "kv_channels": 128,
-        "seq_length": 131072,
-        "add_qkv_bias": True,
-    },
+    "GLM-4-9B": GLM4_9B_CHAT,
 }
 """What decides the sizes, from the models' published config.json files."""
 

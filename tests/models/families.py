@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from minillm.models.glm4 import GLM4_9B_CHAT
 from tests.helpers import randomise
 
 SMALL = {
@@ -84,33 +85,16 @@ def write_chatglm(model: nn.Module, folder: Path) -> None:
     weights["transformer.rotary_pos_emb.inv_freq"] = weights["transformer.encoder.final_layernorm.weight"][:2].clone()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     published = {
-        "_name_or_path": "THUDM/glm-4-9b-chat",
-        "model_type": "chatglm",
-        "architectures": ["ChatGLMModel"],
-        "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.ChatGLMModel"},
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "apply_query_key_layer_scaling": True,
-        "apply_residual_connection_post_layernorm": False,
+        **GLM4_9B_CHAT,
         "ffn_hidden_size": config.intermediate_size,
         "hidden_size": config.hidden_size,
         "kv_channels": config.head_dim,
         "layernorm_epsilon": config.rms_norm_eps,
-        "multi_query_attention": True,
         "multi_query_group_num": config.num_key_value_heads,
         "num_attention_heads": config.num_attention_heads,
         "num_layers": config.num_hidden_layers,
-        "original_rope": True,
         "padded_vocab_size": config.vocab_size,
-        "post_layer_norm": True,
-        "rmsnorm": True,
-        "rope_ratio": 500,
         "seq_length": config.max_position_embeddings,
-        "use_cache": True,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-        "eos_token_id": [151329, 151336, 151338],
-        "pad_token_id": 151329,
     }
     (folder / "config.json").write_text(json.dumps(published))
 

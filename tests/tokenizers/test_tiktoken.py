@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from minillm.errors import TokenizerError
 from minillm.models.tokenizer import get_tokenizer
 from minillm.tokenizers.building import DIGITS_BY_THREE
-from minillm.tokenizers.tiktoken import GLM4_SPECIAL, glm4_tokenizer, is_tiktoken, read_ranks
+from minillm.tokenizers.tiktoken import GLM4_SPECIAL, glm4_tokenizer, is_tiktoken, read_ranks, write_ranks
 from tests.tokenizers.test_gguf_tokenizer import FRAGMENTS, TEXT
 
 many = settings(max_examples=500, deadline=None, derandomize=True, database=None)
@@ -68,8 +68,7 @@ PREFIX = [TIKTOKEN.encode_single_token(token) for token in ("[gMASK]", "<sop>")]
 def write(folder: Path, ranks: dict[bytes, int] = RANKS, config: dict[str, Any] | None = None) -> Path:
     """The folder as published: the pieces, the code that reads them, and where that code is."""
     folder.mkdir(exist_ok=True)
-    lines = [f"{base64.b64encode(piece).decode()} {rank}\n" for piece, rank in ranks.items()]
-    (folder / "tokenizer.model").write_text("".join(lines))
+    write_ranks(folder / "tokenizer.model", ranks)
     said = {"auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(said | (config or {})))
     (folder / "tokenization_chatglm.py").write_text(
