@@ -111,7 +111,7 @@ def keep_possible(
     for row in errors:
         allowed[rows.index(row)] = False
     at = torch.tensor(rows, device=logits.device)
-    return logits.index_copy(0, at, logits[at].masked_fill(~allowed.to(logits.device), MASKED)), errors
+    return logits.index_copy(0, at, logits[at].masked_fill_(~allowed.to(logits.device), MASKED)), errors
 
 
 def _allowed(matchers: Sequence[LLMatcher], vocab_size: int) -> Bool[Tensor, "rows vocab"]:
