@@ -20,6 +20,9 @@ How it maps to the hardware:
   as there are threads (the idea of Osama et al. 2023, "Stream-K", for matrix products). A token that a cut goes through
   has several partial results, which are merged (Dao et al. 2023, "Flash-Decoding"). So one long sequence keeps all
   cores busy, and a batch of unequal ones ends everywhere at once.
+- Blocks that all sequences begin with (a system prompt, found by prefix caching) are read once for all: their keys with
+  the queries of all sequences are a matrix product (Juravsky et al. 2024, "Hydragen", §3). The online softmax of each
+  query then begins with what that came to, instead of with nothing.
 
 What bounds it: reading keys and values, each used for one group of queries. docs/benchmarks.md has how near it comes.
 
@@ -58,6 +61,8 @@ QUERY_TILE = 256
 Measured, 2,048 queries of a prompt and 2,048 behind as many keys, one layer of SmolLM2, float32: 79 and 174 ms all at
 once, 49 and 140 by 256, 54 and 144 by 512, 55 and 155 by 128.
 """
+MIN_SHARED = 8192
+"""Queries × common keys, from which on a product for all pays."""
 MIN_TILES_PER_THREAD = 48
 """Fewer are done before another thread has woken up."""
 
@@ -123,8 +128,9 @@ def _finish(out, token, total, mean):
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
 def _attend_part(
-    part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means
-):
+    part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, shared, common_lse, common_mean,
+    scale, cap, out, tokens, stats, means
+):  # fmt: skip
     """One thread's blocks. A token that begins or ends in another part is left as partial result 0 or 1."""
     _, kv_heads, block_size, head_dim = k_cache.shape
     heads = q.shape[1]
@@ -137,7 +143,7 @@ def _attend_part(
     token = np.searchsorted(ends, at, "right") - 1
     while at < stop:
         length, table = lengths[token], tables[seqs[token]]
-        seen = max(0, length - window)
+        seen = max(shared * block_size, length - window)
         first_block = seen // block_size
         begin, end = first_block + at - ends[token], first_block + min(ends[token + 1], stop) - ends[token]
         for head in range(heads):
@@ -145,6 +151,10 @@ def _attend_part(
             for d in range(head_dim):
                 mean[head, d] = 0
                 query[head, d] = read(q[token, head, d]) * scale
+        if shared and at == ends[token]:
+            for head in range(heads):
+                largest[head], total[head] = common_lse[token, head] * np.float32(LOG2_E), 1
+                mean[head] = common_mean[token, head]
         for number in range(begin, end):
             first, last = max(0, seen - number * block_size), min(block_size, length - number * block_size)
             for kv_head in range(kv_heads):
@@ -205,19 +215,23 @@ def _merge(out, tokens, stats, means):
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
-def _attend(parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out):
+def _attend(
+    parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, shared, common_lse, common_mean,
+    scale, cap, out
+):  # fmt: skip
     _, heads, head_dim = q.shape
     tokens, stats = np.empty((parts, 2), np.int64), np.empty((parts, 2, 2, heads), np.float32)
     means = np.empty((parts, 2, heads, head_dim), np.float32)
     for part in prange(parts):
         _attend_part(
-            part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, scale, cap, out, tokens, stats, means
-        )
+            part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, shared, common_lse, common_mean,
+            scale, cap, out, tokens, stats, means
+        )  # fmt: skip
     _merge(out, tokens, stats, means)
 
 
 @njit(nogil=True, cache=True)
-def _rows(query_starts, seq_lens, window, block_size):
+def _rows(query_starts, seq_lens, window, block_size, shared):
     """For every query token of a sequence with few: its sequence, how much it sees from the front, tiles so far."""
     tokens = query_starts[-1]
     seqs, lengths = np.zeros(tokens, np.int64), np.zeros(tokens, np.int64)
@@ -227,9 +241,29 @@ def _rows(query_starts, seq_lens, window, block_size):
         for token in range(start, end):
             length = seq_lens[seq] - (end - 1 - token)
             seqs[token], lengths[token] = seq, length
-            tiles = -(-length // block_size) - max(0, length - window) // block_size
+            tiles = -(-length // block_size) - max(shared, (length - window) // block_size)
             ends[token + 1] = ends[token] + (max(0, tiles) if end - start < MANY_QUERIES else 0)
     return seqs, lengths, ends
+
+
+@njit(nogil=True, cache=True)
+def _shared_blocks(tables, query_starts, seq_lens, block_size):
+    """What all sequences with few queries begin with, before their queries: the first such sequence, and of its blocks
+    how many."""
+    first, shared = -1, 0
+    for seq in range(len(seq_lens)):
+        queries = query_starts[seq + 1] - query_starts[seq]
+        if queries >= MANY_QUERIES:
+            continue
+        before = (seq_lens[seq] - queries) // block_size
+        if first < 0:
+            first, shared = seq, before
+        shared = min(shared, before)
+        for block in range(shared):
+            if tables[seq, block] != tables[first, block]:
+                shared = block
+                break
+    return first, max(shared, 0)
 
 
 class Plan(NamedTuple):
@@ -241,6 +275,7 @@ class Plan(NamedTuple):
         seqs, lengths, ends: of each query of the others (see `_rows`).
         tiles: blocks that those have together.
         window: how far a token looks back, or `FAR`.
+        shared: the blocks that those begin with, all of them, where there is enough in common.
     """
 
     block_tables: Int[Tensor, "seqs max_blocks"]
@@ -251,6 +286,7 @@ class Plan(NamedTuple):
     ends: Any
     tiles: int
     window: int
+    shared: Int[Tensor, "blocks"]
 
 
 def plan(
@@ -270,10 +306,42 @@ def plan(
         many = [
             (seq, start, end, seq_lens[seq : seq + 1]) for seq, (start, end) in edges if end - start >= MANY_QUERIES
         ]
-    seqs, lengths, ends = _rows(query_starts.numpy(), seq_lens.numpy(), far, block_size)
     # Contiguous, else Numba compiles once more, for rows that are not.
-    tables = np.ascontiguousarray(block_tables.numpy())
-    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far)
+    tables, starts, lens = np.ascontiguousarray(block_tables.numpy()), query_starts.numpy(), seq_lens.numpy()
+    first, shared = _shared_blocks(tables, starts, lens, block_size) if window is None else (0, 0)
+    queries = int(starts[-1]) - sum(end - start for _, start, end, _ in many)
+    if queries * shared * block_size < MIN_SHARED:
+        shared = 0
+    seqs, lengths, ends = _rows(starts, lens, far, block_size, shared)
+    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far, block_tables[first, :shared])
+
+
+NOTHING_COMMON = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
+
+
+def _attend_to_common(
+    q: Float[Tensor, "tokens heads head_dim"],
+    k_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    v_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
+    blocks: Int[Tensor, "shared"],
+    scale: float,
+    soft_cap: float | None,
+) -> tuple[Float[Tensor, "tokens heads"], Float[Tensor, "tokens heads head_dim"]]:
+    """Every query over the keys of these blocks: the logarithm of its scores' exponentials' sum, and its mean value."""
+    tokens, kv_heads = len(q), k_cache.shape[1]
+    keys, values = (cache[blocks].transpose(0, 1).flatten(1, 2).float() for cache in (k_cache, v_cache))
+    queries = q.float().unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+    if soft_cap is not None:
+        scores = scores.div_(soft_cap).tanh_().mul_(soft_cap)
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    mean = torch.bmm(weights, values).div_(total)
+    logsumexp = total.log_().add_(largest)
+    of_tokens = (x.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2) for x in (logsumexp, mean))
+    logsumexp, mean = (x.contiguous() for x in of_tokens)
+    return logsumexp[..., 0].contiguous(), mean
 
 
 def attend(
@@ -304,6 +372,10 @@ def attend(
                 soft_cap=soft_cap,
             )
     if plan.tiles:
+        common: tuple[Any, Any] = NOTHING_COMMON
+        if len(plan.shared):
+            found = _attend_to_common(q, k_cache, v_cache, plan.shared, scale, soft_cap)
+            common = found[0].numpy(), found[1].numpy()
         parts = max(1, min(use_torch_threads(), plan.tiles * k_cache.shape[1] // MIN_TILES_PER_THREAD))
         _attend(
             parts,
@@ -315,6 +387,8 @@ def attend(
             plan.lengths,
             plan.ends,
             plan.window,
+            len(plan.shared),
+            *common,
             np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
             np.float32(soft_cap or 0.0),
             bits(out),
