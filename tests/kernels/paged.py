@@ -32,8 +32,13 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
+    shared: int = 0,
 ) -> Case:
-    """Blocks in random order; slots and blocks that hold nothing hold NaN, and tables end in a block of NaN."""
+    """Blocks in random order; slots and blocks that hold nothing hold NaN, and tables end in a block of NaN.
+
+    Args:
+        shared: blocks that all sequences begin with; none is shorter.
+    """
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-length // block_size) for length in lengths]
     num_blocks = sum(counts) + 3
@@ -42,9 +47,13 @@ def make_case(
     tables = torch.full((len(lengths), max(counts) + 1), order[-1])
     keys, values = [], []
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        blocks = [order.pop(0) for _ in range(count)]
+        blocks = tables[0, :shared].tolist() if row else []
+        blocks += [order.pop(0) for _ in range(count - len(blocks))]
         tables[row, :count] = torch.tensor(blocks)
         stored = torch.randn((2, kv_heads, length, head_dim), generator=generator).to(dtype).float()
+        if row:
+            common = slice(shared * block_size)
+            stored[0, :, common], stored[1, :, common] = keys[0][:, common], values[0][:, common]
         for number, block in enumerate(blocks):
             part = stored[:, :, number * block_size : (number + 1) * block_size]
             cache[:, block, :, : part.shape[2]] = part

@@ -51,6 +51,44 @@ def test_equals_float64(case, window, soft_cap, min_tiles):
     torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data(), st.sampled_from([None, 5.0]), st.sampled_from([1, 10**6]), st.sampled_from(SHAPES))
+def test_a_common_beginning_is_read_for_all_at_once(data, soft_cap, min_tiles, shape):
+    """Equal to float64, and the blocks in common are taken out of what single queries go over."""
+    shared, size = data.draw(st.integers(1, 4)), shape["block_size"]
+    own = data.draw(st.lists(st.integers(1, 60), min_size=2, max_size=6))
+    queries = [data.draw(st.integers(1, min(more, 20))) for more in own]
+    case = make_case(
+        queries,
+        [shared * size + more for more in own],
+        kv_heads=2,
+        **shape,
+        dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        shared=shared,
+    )
+    few = [count for count in queries if count < kernel.MANY_QUERIES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "MIN_TILES_PER_THREAD", min_tiles)
+        patch.setattr(kernel, "MIN_SHARED", 1)
+        ours = attend(case, soft_cap=soft_cap)
+        plan = kernel.plan(*case.arguments[3:], block_size=size, max_query_len=max(queries), window=None)
+    if len(few) > 1:
+        assert plan.shared.tolist() == case.arguments[3][0, :shared].tolist()
+    tolerance = 2e-5 if ours.dtype is torch.float32 else 2e-2
+    expected = float64_attention(case, soft_cap=soft_cap)
+    torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_common_beginning_needs_to_be_worth_it_and_no_window():
+    case = make_case([1] * 4, [70, 90, 80, 64], kv_heads=1, group=1, head_dim=16, block_size=16, shared=4)
+    sizes = {"block_size": 16, "max_query_len": 1}
+    assert len(kernel.plan(*case.arguments[3:], window=None, **sizes).shared) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "MIN_SHARED", 1)
+        assert len(kernel.plan(*case.arguments[3:], window=50, **sizes).shared) == 0
+        assert len(kernel.plan(*case.arguments[3:], window=None, **sizes).shared) == 3, "64 keys with the query itself"
+
+
 @pytest.mark.parametrize(("group", "block_size"), [(7, 1), (1, 8), (4, 32), (2, 64)])
 def test_shapes_of_models(group, block_size):
     case = make_case([1, 1, 3], [70, 1, 33], kv_heads=2, group=group, head_dim=64, block_size=block_size)
