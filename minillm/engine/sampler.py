@@ -108,7 +108,7 @@ class Sampler:
         banned = {word[-1] for word in request.bad_word_ids if written[len(written) + 1 - len(word) :] == word[:-1]}
         if len(written) < params.min_tokens:
             banned |= {*(params.stop_token_ids or ()), *self.end_ids}
-        row[sorted(banned)] = MASKED
+        row[[token for token in banned if 0 <= token < len(row)]] = MASKED  # stop_token_ids may name others
         return row
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from minillm.checks import check_token_ids
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
 from minillm.errors import InvalidRequestError, ShuttingDownError
@@ -139,6 +140,7 @@ class Service:
             MinillmError: a request that cannot be, too many, or an engine that has failed.
         """
         self.check_ready()
+        check_token_ids(params.stop_token_ids or (), self.llm.engine.vocab_size, "stop_token_ids")
         for _, ids in prompts:
             self._check_room(len(ids), max_tokens)
         begun = await asyncio.gather(
