@@ -64,6 +64,7 @@ class Service:
         self.defaults = llm.generation_config
         template_options = inspect.signature(self.tokenizer.apply_chat_template).parameters
         self._template_options = frozenset(template_options) - {"kwargs"} | {"tokenizer"}
+        self._max_characters = llm.max_model_len * max(map(len, self.tokenizer.get_vocab()))
 
     def check_ready(self, num_answers: int = 0) -> None:
         """Raise ShuttingDownError, EngineDeadError or OverloadedError where so many answers will not be given now."""
@@ -104,7 +105,13 @@ class Service:
         ]
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """A text's tokens, with the tokenizer's special ones or without."""
+        """A text's tokens, with the tokenizer's special ones or without.
+
+        Raises:
+            ContextLengthError: more letters than as many tokens as the model can hold could have.
+            InvalidRequestError: a text that no tokenizer can read.
+        """
+        self._check_characters(len(text))
         return encode_prompt(self.tokenizer, text) if special else token_ids(self.tokenizer, text)
 
     def conversation(self, asked: ChatFields) -> TokenizedPrompt:
@@ -112,11 +119,13 @@ class Service:
 
         Raises:
             InvalidRequestError: options that are not the template's.
+            ContextLengthError: as `encode`.
             TokenizerError: no template, or one that refuses the conversation.
         """
         options = asked.chat_template_kwargs or {}
         if forbidden := sorted(self._template_options & options.keys()):
             raise InvalidRequestError(f"chat_template_kwargs may not hold {', '.join(forbidden)}")
+        self._check_characters(sum(message.num_characters for message in asked.messages))
         continues = bool(asked.continue_final_message)
         begins = not continues if asked.add_generation_prompt is None else asked.add_generation_prompt
         return chat_prompt(
@@ -156,6 +165,14 @@ class Service:
                 abort(streams)
                 raise one
         return streams
+
+    def _check_characters(self, count: int) -> None:
+        """Before a text is cut into tokens, which takes long where it is long."""
+        if count > self._max_characters:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.llm.max_model_len} tokens, and {count} characters are "
+                "more than these can hold: shorten the text"
+            )
 
     def _check_room(self, num_tokens: int, max_tokens: int | None) -> None:
         longest = self.llm.max_model_len
