@@ -111,6 +111,10 @@ EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The answer, or with stream=true its pieces."}
 }
 
+EXPOSITION: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
+}
+
 
 @router.post("/v1/completions", response_model=Completion, responses=EVENTS)
 async def completions(asked: CompletionRequest, request: Request, service: Serving) -> Response:
@@ -196,7 +200,7 @@ async def detokenize(asked: DetokenizeRequest, service: Serving) -> DetokenizeRe
     return DetokenizeResponse(prompt=await run_in_threadpool(service.decode, asked.tokens))
 
 
-@router.get("/health")
+@router.get("/health", response_class=Response)
 async def health(service: Serving) -> Response:
     """200 while requests are taken and answered, else 503."""
     try:
@@ -212,7 +216,7 @@ async def version() -> VersionResponse:
     return VersionResponse(version=__version__)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=EXPOSITION)
 async def metrics(service: Serving) -> Response:
     """How things stand, for Prometheus."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -276,7 +280,7 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
         finally:
             await service.engine.close()
 
-    app = FastAPI(title="minillm", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="minillm", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(router)
     app.add_middleware(Gate, api_keys=config.api_keys)
