@@ -3,8 +3,8 @@
 A field that OpenAI or vLLM has and this server does not is declared as `None`: null is right, anything else is refused.
 Fields that nobody knows are refused too.
 
-What is wrong with a body is found out in the event loop, where everybody waits for it. Hence `fail_fast`: one wrong item
-of a list is told of, not each of a million. And hence the limits on how much a field may hold.
+What is wrong with a body is found out in the event loop, where everybody waits for it. Hence `fail_fast`: one wrong
+item of a list is told of, not each of a million. And hence the limits on how much a field may hold.
 """
 
 from __future__ import annotations

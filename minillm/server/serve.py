@@ -39,6 +39,7 @@ class Server(uvicorn.Server):
                 log_level=log_level,
                 timeout_graceful_shutdown=LAST_WORDS_SECONDS,
                 lifespan="on",
+                ws="none",
             )
         )
         self._service: Service = app.state.service
