@@ -10,6 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -171,31 +174,41 @@ def test_a_model_without_a_template_answers_no_chats(llm, monkeypatch):
 # --- the command
 
 
-def start(*options: str, program: tuple[str, ...] = ("-m", "minillm")) -> tuple[subprocess.Popen[str], str]:
+@contextlib.contextmanager
+def started(log: Path, *options: str, program: tuple[str, ...] = ("-m", "minillm")) -> Iterator[tuple[Any, str]]:
+    """The command in a process of its own, once it answers, and its address; it writes to the log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, *program, "serve", "tiny", "--port", str(port), "--device", "cpu", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        assert process.poll() is None, process.stdout.read()
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
         try:
-            httpx.get(f"{url}/health").raise_for_status()
-            return process, url
-        except httpx.HTTPError:
-            time.sleep(0.1)
-    raise AssertionError("the server does not start")
+            for _ in range(600):
+                assert process.poll() is None, log.read_text()
+                with contextlib.suppress(httpx.HTTPError):
+                    httpx.get(f"{url}/health").raise_for_status()
+                    break
+                time.sleep(0.1)
+            yield process, url
+        finally:
+            process.kill()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_the_command_serves_and_drains(tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[-1]['content'] }}")
-    process, url = start(
-        "--served-model-name", "mine", "--api-key", "k", "--chat-template", str(template), "--enforce-eager"
-    )
-    try:
+    with started(
+        tmp_path / "log",
+        "--served-model-name",
+        "mine",
+        "--api-key",
+        "k",
+        "--chat-template",
+        str(template),
+        "--enforce-eager",
+    ) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="k") as client:
             assert [model.id for model in client.models.list()] == ["mine"]
             asked = {"model": "mine", "messages": [{"role": "user", "content": "Once"}], "max_tokens": 300}
@@ -204,9 +217,6 @@ def test_the_command_serves_and_drains(tmp_path):
             process.send_signal(signal.SIGTERM)
             assert list(stream)[-1].choices[0].finish_reason == "length"
         assert process.wait(timeout=20) == 0
-    finally:
-        process.kill()
-        process.stdout.close()
 
 
 # --- signals, under load
@@ -246,10 +256,9 @@ class Clients:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_sigterm_under_load_lets_every_stream_end():
-    process, url = start("--enforce-eager")
-    try:
-        clients = Clients(url, 24, n=2)
+def test_sigterm_under_load_lets_every_stream_end(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", "--drain-seconds", "120") as (process, url):
+        clients = Clients(url, 24, n=2, max_tokens=100)
         process.send_signal(signal.SIGTERM)
         refusals = 0
         while process.poll() is None:
@@ -269,15 +278,11 @@ def test_sigterm_under_load_lets_every_stream_end():
             assert '"finish_reason":"length"' in last
             assert done == "data: [DONE]"
         assert process.wait(timeout=20) == 0
-    finally:
-        process.kill()
-        process.stdout.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_draining_under_load_has_an_end():
-    process, url = start("--enforce-eager", "--drain-seconds", "0.3")
-    try:
+def test_draining_under_load_has_an_end(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", "--drain-seconds", "0.3") as (process, url):
         clients = Clients(url, 24, n=8)  # far more than 0.3 seconds' work
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
@@ -286,15 +291,11 @@ def test_draining_under_load_has_an_end():
         assert len(clients.ends) == 24
         assert all(done == "data: [DONE]" for _, done, _ in clients.ends)
         assert any("service_unavailable_error" in last for last, _, _ in clients.ends)
-    finally:
-        process.kill()
-        process.stdout.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_the_second_sigterm_ends_it_at_once():
-    process, url = start("--enforce-eager", "--drain-seconds", "600")
-    try:
+def test_the_second_sigterm_ends_it_at_once(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", "--drain-seconds", "600") as (process, url):
         clients = Clients(url, 24, n=8)
         process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
@@ -303,9 +304,9 @@ def test_the_second_sigterm_ends_it_at_once():
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 1
         clients.join()
-    finally:
-        process.kill()
-        process.stdout.close()
+        assert not clients.errors
+        assert all("the server was stopped" in last for last, _, _ in clients.ends)
+        assert "Exception in ASGI application" not in (tmp_path / "log").read_text()
 
 
 FAILING = """
@@ -326,9 +327,8 @@ sys.exit(main())
 """
 
 
-def test_the_process_of_a_failed_engine_ends_with_status_one():
-    process, url = start("--enforce-eager", program=("-c", FAILING))
-    try:
+def test_the_process_of_a_failed_engine_ends_with_status_one(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", program=("-c", FAILING)) as (process, url):
         clients = Clients(url, 8)
         assert process.wait(timeout=30) == 1
         clients.join()
@@ -337,9 +337,6 @@ def test_the_process_of_a_failed_engine_ends_with_status_one():
         for last, done, _ in clients.ends:
             assert "the device is gone" in last
             assert done == "data: [DONE]"
-    finally:
-        process.kill()
-        process.stdout.close()
 
 
 def test_what_the_command_refuses(tmp_path):
