@@ -106,12 +106,14 @@ class Sampler:
         if params.allowed_token_ids is not None:
             allowed = torch.tensor(params.allowed_token_ids, device=row.device)
             row = torch.full_like(row, MASKED).index_copy(0, allowed, row[allowed])
-        for token, bias in (params.logit_bias or {}).items():
-            row[token] += min(max(bias, -100.0), 100.0)
+        if params.logit_bias:
+            tokens = torch.tensor(list(params.logit_bias), device=row.device)
+            biases = torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+            row = row.index_add(0, tokens, biases.clamp(-100, 100))
         banned = {word[-1] for word in request.bad_word_ids if written[len(written) + 1 - len(word) :] == word[:-1]}
         if len(written) < params.min_tokens:
             banned |= {*(params.stop_token_ids or ()), *self.end_ids}
-        row[sorted(banned)] = MASKED
+        row[[token for token in banned if 0 <= token < len(row)]] = MASKED  # stop_token_ids may name others
         return row
 
 

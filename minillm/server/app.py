@@ -43,6 +43,9 @@ from minillm.server.protocol import (
 from minillm.server.service import ServerConfig, Service, merged, whole
 
 MAX_BODY_BYTES = 8 * 2**20
+BODY_TOO_LARGE = f"the body has more than {MAX_BODY_BYTES} bytes"
+BODY_SECONDS = 60.0
+"""A client that sends its body more slowly holds a connection for nothing."""
 CLIENT_HAS_GONE = 499  # nginx's number; nobody reads it
 OPEN_PATHS = ("/health", "/version", "/metrics", "/docs", "/openapi.json", *FILES)
 """What needs no key."""
@@ -78,6 +81,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request cannot be answered."},
     401: {"model": ErrorResponse, "description": "The API key is missing or wrong."},
     404: {"model": ErrorResponse, "description": "There is no such model."},
+    408: {"model": ErrorResponse, "description": "The request's body does not arrive."},
     413: {"model": ErrorResponse, "description": "The request's body is too large."},
     429: {"model": ErrorResponse, "description": "Too many requests wait: try again after Retry-After seconds."},
     500: {"model": ErrorResponse, "description": "The engine has failed."},
@@ -86,6 +90,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(responses=ERRORS)
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The answer, or with stream=true its pieces."}
+}
+
+EXPOSITION: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
 }
 
 
@@ -173,7 +181,7 @@ async def detokenize(asked: DetokenizeRequest, service: Serving) -> DetokenizeRe
     return DetokenizeResponse(prompt=await run_in_threadpool(service.decode, asked.tokens))
 
 
-@router.get("/health")
+@router.get("/health", response_class=Response)
 async def health(service: Serving) -> Response:
     """200 while requests are taken and answered, else 503."""
     try:
@@ -189,7 +197,7 @@ async def version() -> VersionResponse:
     return VersionResponse(version=__version__)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=EXPOSITION)
 async def metrics(service: Serving) -> Response:
     """How things stand, for Prometheus."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -199,7 +207,7 @@ async def metrics(service: Serving) -> Response:
 
 
 class Gate:
-    """Before everything: the API key, and the size of the body."""
+    """Before everything: the API key, the size of the body, and how long it may take to come."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self.app = app
@@ -209,22 +217,11 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(scope["path"], dict(scope["headers"]))
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes")
-            return message
-
-        await self.app(scope, counted, send)
+        await self.app(scope, _limited(receive), send)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
         if self._keys and path not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
@@ -232,6 +229,8 @@ class Gate:
                 401, "the API key is missing or wrong: send 'Authorization: Bearer KEY'", code="invalid_api_key"
             )
             return error_response(401, body, {"WWW-Authenticate": "Bearer"})
+        if int(headers.get(b"content-length", b"0")) > MAX_BODY_BYTES:  # digits: the HTTP layer has looked
+            return error_response(413, error_body(413, BODY_TOO_LARGE))
         return None
 
     def _has_key(self, header: bytes) -> bool:
@@ -239,6 +238,27 @@ class Gate:
         scheme, _, shown = header.partition(b" ")
         found = [hmac.compare_digest(shown.strip(), key) for key in self._keys]
         return scheme.lower() == b"bearer" and any(found)
+
+
+def _limited(receive: Receive) -> Receive:
+    """The same messages, or HTTPException where the body is too large or too slow."""
+    received, is_whole = 0, False
+    deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+
+    async def limited() -> Message:
+        nonlocal received, is_whole
+        try:
+            async with asyncio.timeout_at(None if is_whole else deadline):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body has not come within {BODY_SECONDS:g} seconds") from None
+        received += len(message.get("body", b""))
+        is_whole = not message.get("more_body", False)
+        if received > MAX_BODY_BYTES:
+            raise HTTPException(413, BODY_TOO_LARGE)
+        return message
+
+    return limited
 
 
 def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
@@ -253,7 +273,7 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
         finally:
             await service.engine.close()
 
-    app = FastAPI(title="minillm", version=__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="minillm", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(router)
     app.include_router(page_router(service))

@@ -174,8 +174,13 @@ class EngineThread:
     async def close(self) -> None:
         """Stop the thread after its step; whoever still waits is told so."""
         self.abort_all("the server has stopped")
-        self._inbox.put(self._stop)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.join)
+
+    def join(self) -> None:
+        """Stop the thread after its step, and wait for that."""
+        if self._thread.is_alive():
+            self._inbox.put(self._stop)
+            self._thread.join()
 
     def _check_alive(self) -> None:
         if self.error is not None:
@@ -234,7 +239,8 @@ class EngineThread:
         self._stopped = True
 
     def _in_loop(self, function: Callable[..., None], *arguments: object) -> None:
-        self._loop.call_soon_threadsafe(function, *arguments)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, *arguments)
 
 
 def _settle(future: asyncio.Future[Result], result: Result) -> None:

@@ -2,33 +2,62 @@
 
 A field that OpenAI or vLLM has and this server does not is declared as `None`: null is right, anything else is refused.
 Fields that nobody knows are refused too.
+
+What is wrong with a body is found out in the event loop, where everybody waits for it. Hence `fail_fast`: one wrong
+item of a list is told of, not each of a million. And hence the limits on how much a field may hold.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from minillm.engine.params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from minillm.errors import InvalidRequestError
 
 MAX_ANSWERS = 128
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000
+MAX_PROMPTS = 2**14
+MAX_MESSAGES = 2**14
+MAX_STOP_TOKENS = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_LENGTH = 100
+MAX_ALLOWED_TOKENS = 2**18
+MAX_DETOKENIZED = 2**20
 MAX_LOGPROBS = 20
 MAX_CHAT_TEMPLATE = 2**16
 """Letters of a template in a request."""
+MAX_FIELDS = 1024
+"""Entries of one JSON object."""
 DEFAULT_MAX_TOKENS = 16
 INT32 = 2**31 - 1
 
-Stop = Annotated[str, Field(min_length=1)]
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 Count = Annotated[int, Field(ge=0, le=INT32)]
+
+
+def _few(given: Any) -> Any:
+    """Refuse an object of too many entries, before each of them is looked at."""
+    if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        raise PydanticCustomError("too_long", f"an object may have {MAX_FIELDS} entries, not {len(given)}")
+    return given
 
 
 class Model(BaseModel):
     """Refuses what it does not know."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, given: Any) -> Any:
+        return _few(given)
 
 
 # --- requests
@@ -104,20 +133,20 @@ class SamplingFields(Model):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    logit_bias: dict[int, float] | None = None
+    stop: Stop | Annotated[Items[Stop], Field(max_length=MAX_STOPS)] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_few)] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[Items[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[Stop] | None = None
+    allowed_token_ids: Annotated[Items[int], Field(max_length=MAX_ALLOWED_TOKENS)] | None = None
+    bad_words: Annotated[Items[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -195,7 +224,12 @@ SAMPLING = (
 class CompletionRequest(SamplingFields):
     """Continue one or several texts."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[Items[str], Field(max_length=MAX_PROMPTS)]
+        | Items[int]
+        | Annotated[Items[Items[int]], Field(max_length=MAX_PROMPTS)]
+    )
     max_tokens: Count | None = Field(None, description=f"{DEFAULT_MAX_TOKENS} when null; 0 only with echo.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -245,9 +279,9 @@ class Message(Model):
     """A message of a conversation."""
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | Items[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = Field(None, description="Of the assistant.")
+    tool_calls: Items[ToolCall] | None = Field(None, description="Of the assistant.")
     tool_call_id: str | None = Field(None, description="Of a tool: the call that it answers.")
     refusal: None = None
     annotations: None = None
@@ -261,6 +295,12 @@ class Message(Model):
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError("tool_call_id is for messages of the role tool")
         return self
+
+    @property
+    def num_characters(self) -> int:
+        """At least so many stand in the conversation."""
+        parts = [self.content or ""] if isinstance(self.content, str | None) else [part.text for part in self.content]
+        return len(self.role) + sum(map(len, parts))
 
 
 class Function(Model):
@@ -300,14 +340,14 @@ class NamedTool(Model):
 class ChatFields(Model):
     """How a conversation is written down for the model."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: Annotated[str, Field(max_length=MAX_CHAT_TEMPLATE)] | None = Field(
         None, description="Only where the server was started with --trust-request-chat-template."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the template.")
-    tools: list[Tool] | None = Field(
+    tools: Items[Tool] | None = Field(
         None, description="Told to the model by the template. Its answer is text: calls in it are the client's to read."
     )
 
@@ -392,7 +432,7 @@ class DetokenizeRequest(Model):
     """The text of tokens."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[Items[int], Field(max_length=MAX_DETOKENIZED)]
 
 
 # --- answers

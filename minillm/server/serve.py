@@ -39,16 +39,17 @@ class Server(uvicorn.Server):
                 log_level=log_level,
                 timeout_graceful_shutdown=LAST_WORDS_SECONDS,
                 lifespan="on",
+                ws="none",
             )
         )
-        self._service: Service = app.state.service
+        self.service: Service = app.state.service
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at the second."""
         if self._deadline is None:
-            self._service.is_draining = True
+            self.service.is_draining = True
             self._deadline = time.monotonic() + self._drain_seconds
         else:
             self.should_exit = self.force_exit = True
@@ -56,12 +57,14 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; True to end."""
         stop = await super().on_tick(counter)
-        return stop or self._service.engine.error is not None or self._is_drained()
+        if self.force_exit:
+            self.service.engine.abort_all("the server was stopped")
+        return stop or self.service.engine.error is not None or self._is_drained()
 
     def _is_drained(self) -> bool:
         if self._deadline is None:
             return False
-        engine = self._service.engine
+        engine = self.service.engine
         if time.monotonic() > self._deadline:
             engine.abort_all("the server is shutting down, and the answer took too long")
         return not engine.num_unfinished
@@ -69,7 +72,7 @@ class Server(uvicorn.Server):
     @property
     def exit_status(self) -> int:
         """0 where all that was asked has been answered or told."""
-        return 1 if self.force_exit or self._service.engine.error is not None else 0
+        return 1 if self.force_exit or self.service.engine.error is not None else 0
 
 
 def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds: float) -> int:
@@ -80,6 +83,7 @@ def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds
     """
     server = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds)
     server.run()
+    server.service.engine.join()  # uvicorn, told to stop at once, has not let the application do it
     return server.exit_status
 
 

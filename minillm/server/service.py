@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from fastapi.concurrency import run_in_threadpool
 
+from minillm.checks import check_token_ids
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
 from minillm.errors import InvalidRequestError, ShuttingDownError
@@ -72,6 +73,7 @@ class Service:
             llm.engine.grammars.prepare()  # now, since it stops all threads
         template_options = inspect.signature(self.tokenizer.apply_chat_template).parameters
         self._template_options = frozenset(template_options) - {"kwargs"} | {"tokenizer"}
+        self._max_characters = llm.max_model_len * max(map(len, self.tokenizer.get_vocab()))
 
     @property
     def is_drained(self) -> bool:
@@ -117,7 +119,13 @@ class Service:
         ]
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """A text's tokens, with the tokenizer's special ones or without."""
+        """A text's tokens, with the tokenizer's special ones or without.
+
+        Raises:
+            ContextLengthError: more letters than as many tokens as the model can hold could have.
+            InvalidRequestError: a text that no tokenizer can read.
+        """
+        self._check_characters(len(text))
         return encode_prompt(self.tokenizer, text) if special else token_ids(self.tokenizer, text)
 
     def conversation(self, asked: ChatFields) -> TokenizedPrompt:
@@ -125,6 +133,7 @@ class Service:
 
         Raises:
             InvalidRequestError: options that are not the template's, or a template where none is taken.
+            ContextLengthError: as `encode`.
             TokenizerError: no template, or one that refuses the conversation.
             OverloadedError: too many templates of clients are being rendered.
         """
@@ -146,6 +155,7 @@ class Service:
         variables = asked.chat_template_kwargs or {}
         if forbidden := sorted(self._template_options & variables.keys()):
             raise InvalidRequestError(f"chat_template_kwargs may not hold {', '.join(forbidden)}")
+        self._check_characters(sum(message.num_characters for message in asked.messages))
         continues = bool(asked.continue_final_message)
         begins = not continues if asked.add_generation_prompt is None else asked.add_generation_prompt
         return variables | {
@@ -165,6 +175,7 @@ class Service:
         Raises:
             MinillmError: a request that cannot be, too many, or an engine that has failed.
         """
+        check_token_ids(params.stop_token_ids or (), self.llm.engine.vocab_size, "stop_token_ids")
         for _, ids in prompts:
             self._check_room(len(ids), max_tokens)
         matcher = None
@@ -185,6 +196,14 @@ class Service:
                 abort(streams)
                 raise one
         return streams
+
+    def _check_characters(self, count: int) -> None:
+        """Before a text is cut into tokens, which takes long where it is long."""
+        if count > self._max_characters:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.llm.max_model_len} tokens, and {count} characters are "
+                "more than these can hold: shorten the text"
+            )
 
     def _check_room(self, num_tokens: int, max_tokens: int | None) -> None:
         longest = self.llm.max_model_len

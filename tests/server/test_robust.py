@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -170,31 +174,41 @@ def test_a_model_without_a_template_answers_no_chats(llm, monkeypatch):
 # --- the command
 
 
-def start(*options: str) -> tuple[subprocess.Popen[str], str]:
+@contextlib.contextmanager
+def started(log: Path, *options: str, program: tuple[str, ...] = ("-m", "minillm")) -> Iterator[tuple[Any, str]]:
+    """The command in a process of its own, once it answers, and its address; it writes to the log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "minillm", "serve", "tiny", "--port", str(port), "--device", "cpu", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, *program, "serve", "tiny", "--port", str(port), "--device", "cpu", *options]
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        assert process.poll() is None, process.stdout.read()
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
         try:
-            httpx.get(f"{url}/health").raise_for_status()
-            return process, url
-        except httpx.HTTPError:
-            time.sleep(0.1)
-    raise AssertionError("the server does not start")
+            for _ in range(600):
+                assert process.poll() is None, log.read_text()
+                with contextlib.suppress(httpx.HTTPError):
+                    httpx.get(f"{url}/health").raise_for_status()
+                    break
+                time.sleep(0.1)
+            yield process, url
+        finally:
+            process.kill()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_the_command_serves_and_drains(tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[-1]['content'] }}")
-    process, url = start(
-        "--served-model-name", "mine", "--api-key", "k", "--chat-template", str(template), "--enforce-eager"
-    )
-    try:
+    with started(
+        tmp_path / "log",
+        "--served-model-name",
+        "mine",
+        "--api-key",
+        "k",
+        "--chat-template",
+        str(template),
+        "--enforce-eager",
+    ) as (process, url):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="k") as client:
             assert [model.id for model in client.models.list()] == ["mine"]
             asked = {"model": "mine", "messages": [{"role": "user", "content": "Once"}], "max_tokens": 300}
@@ -203,9 +217,126 @@ def test_the_command_serves_and_drains(tmp_path):
             process.send_signal(signal.SIGTERM)
             assert list(stream)[-1].choices[0].finish_reason == "length"
         assert process.wait(timeout=20) == 0
-    finally:
-        process.kill()
-        process.stdout.close()
+
+
+# --- signals, under load
+
+STREAM = LONG | {"stream": True}
+
+
+class Clients:
+    """Threads that each read a stream to its end; `ends` are the last two events, and the pieces, of each."""
+
+    def __init__(self, url: str, count: int, **asked: object) -> None:
+        self.ends: list[tuple[str, str, int]] = []
+        self.errors: list[Exception] = []
+        self._begun = threading.Semaphore(0)
+        self._threads = [threading.Thread(target=self._read, args=(url, STREAM | asked)) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+        for _ in self._threads:
+            assert self._begun.acquire(timeout=60)
+
+    def _read(self, url: str, asked: dict[str, object]) -> None:
+        lines: list[str] = []
+        try:
+            with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as told:
+                for line in filter(None, told.iter_lines()):
+                    if not lines:
+                        self._begun.release()
+                    lines.append(line)
+            self.ends.append((lines[-2], lines[-1], len(lines)))
+        except httpx.HTTPError as error:
+            self.errors.append(error)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=90)
+            assert not thread.is_alive()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_sigterm_under_load_lets_every_stream_end(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", "--drain-seconds", "120") as (process, url):
+        clients = Clients(url, 24, n=2, max_tokens=100)
+        process.send_signal(signal.SIGTERM)
+        refusals = 0
+        while process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):  # it may have ended meanwhile
+                answer = httpx.post(f"{url}/v1/completions", json=LONG, timeout=10)
+                if answer.status_code == 503:
+                    assert int(answer.headers["retry-after"]) >= 1
+                    refusals += 1
+                else:
+                    assert not refusals, "once it drains it takes nothing"
+            time.sleep(0.1)
+        clients.join()
+        assert refusals
+        assert not clients.errors
+        assert len(clients.ends) == 24
+        for last, done, _ in clients.ends:
+            assert '"finish_reason":"length"' in last
+            assert done == "data: [DONE]"
+        assert process.wait(timeout=20) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_draining_under_load_has_an_end(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", "--drain-seconds", "0.3") as (process, url):
+        clients = Clients(url, 24, n=8)  # far more than 0.3 seconds' work
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        clients.join()
+        assert not clients.errors
+        assert len(clients.ends) == 24
+        assert all(done == "data: [DONE]" for _, done, _ in clients.ends)
+        assert any("service_unavailable_error" in last for last, _, _ in clients.ends)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_the_second_sigterm_ends_it_at_once(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", "--drain-seconds", "600") as (process, url):
+        clients = Clients(url, 24, n=8)
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while httpx.get(f"{url}/health").status_code != 503 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 1
+        clients.join()
+        assert not clients.errors
+        assert all("the server was stopped" in last for last, _, _ in clients.ends)
+        assert "Exception in ASGI application" not in (tmp_path / "log").read_text()
+
+
+FAILING = """
+import sys
+from minillm.cli import main
+from minillm.engine.runner import ModelRunner
+
+compute, steps = ModelRunner.compute, []
+
+def fail(self, step):
+    steps.append(step)
+    if len(steps) > 20:
+        raise RuntimeError("the device is gone")
+    return compute(self, step)
+
+ModelRunner.compute = fail
+sys.exit(main())
+"""
+
+
+def test_the_process_of_a_failed_engine_ends_with_status_one(tmp_path):
+    with started(tmp_path / "log", "--enforce-eager", program=("-c", FAILING)) as (process, url):
+        clients = Clients(url, 8)
+        assert process.wait(timeout=30) == 1
+        clients.join()
+        assert not clients.errors
+        assert len(clients.ends) == 8
+        for last, done, _ in clients.ends:
+            assert "the device is gone" in last
+            assert done == "data: [DONE]"
 
 
 def test_what_the_command_refuses(tmp_path):
