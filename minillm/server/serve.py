@@ -6,15 +6,18 @@ second stops at once.
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, MinillmError
 from minillm.llm import LLM
 from minillm.server.app import create_app
 from minillm.server.service import ServerConfig, Service
@@ -41,14 +44,14 @@ class Server(uvicorn.Server):
                 lifespan="on",
             )
         )
-        self._service: Service = app.state.service
+        self.service: Service = app.state.service
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at the second."""
         if self._deadline is None:
-            self._service.is_draining = True
+            self.service.is_draining = True
             self._deadline = time.monotonic() + self._drain_seconds
         else:
             self.should_exit = self.force_exit = True
@@ -56,20 +59,26 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; True to end."""
         stop = await super().on_tick(counter)
-        return stop or self._service.engine.error is not None or self._is_drained()
+        return stop or self.service.engine.error is not None or self._is_drained()
 
     def _is_drained(self) -> bool:
         if self._deadline is None:
             return False
-        engine = self._service.engine
+        engine = self.service.engine
         if time.monotonic() > self._deadline:
             engine.abort_all("the server is shutting down, and the answer took too long")
         return not engine.num_unfinished
 
     @property
+    def url(self) -> str:
+        """Where it listens; OpenAI's clients take this and `/v1`."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.config.port}"
+
+    @property
     def exit_status(self) -> int:
         """0 where all that was asked has been answered or told."""
-        return 1 if self.force_exit or self._service.engine.error is not None else 0
+        return 1 if self.force_exit or self.service.engine.error is not None else 0
 
 
 def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds: float) -> int:
@@ -81,6 +90,32 @@ def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds
     server = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds)
     server.run()
     return server.exit_status
+
+
+@contextlib.contextmanager
+def background(llm: LLM, config: ServerConfig, *, drain_seconds: float = 10.0) -> Iterator[Server]:
+    """A server in a thread of this process, on a free port of this machine: for notebooks and tests.
+
+    Meanwhile the engine is the server's, and nobody else may drive it. At the end clients have `LAST_WORDS_SECONDS`.
+    Signals do not reach a server in a thread; `handle_exit` is what they would call.
+
+    Raises:
+        MinillmError: it did not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        server = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds, log_level="warning")
+        thread = threading.Thread(target=server.run, args=([listener],), name=f"server on {port}", daemon=True)
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.005)
+            if not server.started:
+                raise MinillmError("the server did not start: its log says why")
+            yield server
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def check_port(host: str, port: int) -> None:
