@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,12 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from minillm import __version__
-from minillm.errors import InvalidRequestError, MinillmError
+from minillm.errors import ConfigError, InvalidRequestError, MinillmError
 from minillm.text import HALF_A_CHARACTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from minillm.client import RemoteChat
     from minillm.transformer.decoder import Decoder
     from minillm.transformer.sampling import Sampling
 
@@ -63,6 +64,7 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token ev
 TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")]
 TopP = Annotated[float, typer.Option(help="Sample from the fewest tokens whose probabilities sum to p.")]
 MinP = Annotated[float, typer.Option(help="Sample from tokens at least p times as likely as the likeliest.")]
+ApiKey = Annotated[str | None, typer.Option(help="The server's key (or in OPENAI_API_KEY).")]
 Seed = Annotated[int | None, typer.Option(help="Make the draws repeatable.")]
 Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="A table of tokens, speed and memory at the end.")]
 Debug = Annotated[
@@ -111,10 +113,19 @@ def generate(
 
 @app.command(
     epilog="Examples:  minillm chat   ·   minillm chat -q 'Tell me a story about Mia.'   ·   "
-    "minillm chat -m Qwen/Qwen3-0.6B --system-prompt 'Answer in one sentence.'"
+    "minillm chat -m Qwen/Qwen3-0.6B --system-prompt 'Answer in one sentence.'   ·   "
+    "minillm chat --url http://127.0.0.1:8000"
 )
 def chat(
-    model: Model = DEFAULT_MODEL,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="As for generate (tiny); with --url, as the server calls it (its first)."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to a server like OpenAI's; top-k, top-p and min-p are as it has them, unless given."),
+    ] = None,
+    api_key: ApiKey = None,
     quick: Annotated[str | None, typer.Option("--quick", "-q", help="Answer this one message and end.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     max_tokens: MaxTokens = 512,
@@ -129,12 +140,20 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops the answer, Ctrl-D or /exit ends the conversation."""
-    writer = Writer.load(model, dtype, device, max_tokens, _sampling(temperature, top_k, top_p, min_p, seed))
+    writer: Writer | RemoteChat
+    if url is not None:
+        _only_here(dtype=dtype, device=device)
+        writer = _remote_chat(url, api_key, model, max_tokens, temperature, top_k, top_p, min_p, seed)
+    elif api_key is not None:
+        raise ConfigError("--api-key is a server's: name the server by --url")
+    else:
+        sampling = _sampling(temperature, top_k, top_p, min_p, seed)
+        writer = Writer.load(model or DEFAULT_MODEL, dtype, device, max_tokens, sampling)
     conversation = [{"role": "system", "content": system_prompt}] if system_prompt else []
     if quick is not None:
         _answer(writer, [*conversation, {"role": "user", "content": quick}], stats)
         return
-    notes.print(f"[bold]{escape(model)}[/bold]  ·  Ctrl-C stops an answer  ·  Ctrl-D or /exit ends")
+    notes.print(f"[bold]{escape(writer.name)}[/bold]  ·  Ctrl-C stops an answer  ·  Ctrl-D or /exit ends")
     for message in _messages():
         conversation.append({"role": "user", "content": message})
         try:
@@ -318,6 +337,71 @@ def bench_latency(
 
 
 @bench.command(
+    "serve",
+    epilog="As vllm bench serve. Examples:  minillm bench serve --request-rate 10   ·   "
+    "minillm bench serve --dataset-name trace --dataset-path traffic.csv --goodput ttft:500 tpot:50",
+)
+def bench_serve(
+    objectives: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME:MS]…", help="More of --goodput.", show_default=False)
+    ] = None,
+    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    endpoint: Annotated[str, typer.Option(help="/v1/completions or /v1/chat/completions.")] = "/v1/completions",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="As the server calls it (its first).")] = None,
+    api_key: ApiKey = None,
+    dataset_name: Annotated[str, typer.Option(help="random, or trace: recorded times and lengths.")] = "random",
+    dataset_path: Annotated[
+        Path | None, typer.Option(help="A trace: CSV with arrival_time (s), prompt_tokens, output_tokens, or Azure's.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts (1000, or the trace's).")] = None,
+    random_input_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a random prompt (32).")] = None,
+    random_output_len: Annotated[int | None, typer.Option(min=1, help="New tokens for each (128).")] = None,
+    random_range_ratio: Annotated[
+        float | None, typer.Option(help="Lengths differ by up to this share of them, in [0, 1) (0).")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Draw prompts from all token ids, not from some that the server tells.")
+    ] = None,
+    request_rate: Annotated[float | None, typer.Option(help="Requests a second (inf: all at once).")] = None,
+    burstiness: Annotated[
+        float | None, typer.Option(help="1: a Poisson process (1); less: in bursts; more: regular.")
+    ] = None,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests on their way at a time.")] = None,
+    seed: BenchSeed = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers of full length.")] = False,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="Objectives: ttft:MS, tpot:MS, e2el:MS, one after the other.")
+    ] = None,
+    percentile_metrics: Annotated[str, typer.Option(help="Which to show, with commas.")] = "ttft,tpot,itl,e2el",
+    metric_percentiles: Annotated[str, typer.Option(help="Which percentiles of each, with commas.")] = "99",
+    save_result: Annotated[bool, typer.Option("--save-result", help="Write a JSON file into this folder.")] = False,
+    output_json: OutputJson = None,
+    disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="No progress bar.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Latency and throughput of a running server, minillm's or any other like OpenAI's, under a load of requests."""
+    from minillm.bench.serve import Dataset, Shown, main
+
+    if objectives and not goodput:
+        raise ConfigError(f"{objectives[0]!r} is no option: objectives follow --goodput")
+    lengths = (random_input_len, random_output_len, random_range_ratio)
+    main(
+        Dataset(dataset_name, dataset_path, num_prompts, *lengths, request_rate, burstiness, seed),
+        Shown.parse(percentile_metrics, metric_percentiles, [*(goodput or []), *(objectives or [])]),
+        base_url=base_url,
+        endpoint=endpoint,
+        model=model,
+        api_key=api_key,
+        vocab_size=vocab_size,
+        max_concurrency=max_concurrency,
+        ignore_eos=ignore_eos,
+        output_json=output_json,
+        save_result=save_result,
+        disable_tqdm=disable_tqdm,
+    )
+
+
+@bench.command(
     "compare",
     epilog="Peers of other environments are named by their Python:  minillm bench compare "
     "--vllm peers/vllm/bin/python --llama-cpp peers/llama/bin/python",
@@ -400,6 +484,7 @@ def serve(
 class Writer:
     """A model that writes text as it goes, and counts."""
 
+    name: str
     decoder: Decoder
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
@@ -422,9 +507,15 @@ class Writer:
         with notes.status(f"loading {escape(model)}"):
             tokenizer = get_tokenizer(path)
             decoder = load_model(path, dtype=dtype, device=device)
-            return cls(decoder, tokenizer, stop_token_ids(path, tokenizer), max_tokens, sampling)
+            return cls(model, decoder, tokenizer, stop_token_ids(path, tokenizer), max_tokens, sampling)
 
-    def write(self, prompt: list[int]) -> Iterator[str]:
+    def answer(self, conversation: list[dict[str, str]]) -> Generator[str, None, None]:
+        """Pieces of the answer to a conversation, as `write`."""
+        from minillm.models.tokenizer import chat_prompt
+
+        return self.write(chat_prompt(self.tokenizer, conversation, add_generation_prompt=True)[1])
+
+    def write(self, prompt: list[int]) -> Generator[str, None, None]:
         """Pieces of text, each whole characters, until a stop token, max_tokens or the end of the context."""
         from minillm.cache.contiguous import ContiguousCache
         from minillm.transformer.generation import generate
@@ -482,27 +573,52 @@ def _sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: 
     return Sampling(temperature, top_k, top_p, min_p, seed)
 
 
-def _answer(writer: Writer, conversation: list[dict[str, str]], stats: bool) -> str:
+def _only_here(**options: str) -> None:
+    """Raise ConfigError where something is chosen that a server has chosen already."""
+    for name, value in options.items():
+        if value != "auto":
+            raise ConfigError(f"--{name} is for a model that is loaded here: with --url the server has chosen it")
+
+
+def _remote_chat(
+    url: str,
+    api_key: str | None,
+    model: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | None,
+) -> RemoteChat:
+    """A model on a server. What is left as it is goes unsaid: not every server knows every field."""
+    from minillm.client import Endpoint, RemoteChat
+
+    chosen = {"top_k": top_k or None, "top_p": None if top_p == 1 else top_p, "min_p": min_p or None, "seed": seed}
+    fields = {name: value for name, value in chosen.items() if value is not None}
+    return RemoteChat(Endpoint(url, api_key), model, {"max_tokens": max_tokens, "temperature": temperature} | fields)
+
+
+def _answer(writer: Writer | RemoteChat, conversation: list[dict[str, str]], stats: bool) -> str:
     """Print the model's answer as it comes and return it; Ctrl-C ends it where it is."""
-    pieces = []
+    for message in conversation:
+        _whole_characters(message["content"])
+    pieces: list[str] = []
     try:
-        for piece in writer.write(_chat_ids(writer.tokenizer, conversation)):
-            pieces.append(piece)
-            _print(piece)
+        with contextlib.closing(writer.answer(conversation)) as answer:
+            for piece in answer:
+                pieces.append(piece)
+                _print(piece)
     except KeyboardInterrupt:
         _print(" [stopped]")
+    except MinillmError:
+        if pieces:  # a server that broke off
+            _print("\n")
+        raise
     _print("\n")
     if stats:
         notes.print(writer.table())
     return "".join(pieces)
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
-    from minillm.models.tokenizer import chat_prompt
-
-    for message in conversation:
-        _whole_characters(message["content"])
-    return chat_prompt(tokenizer, conversation, add_generation_prompt=True)[1]
 
 
 def _messages() -> Iterator[str]:

@@ -60,3 +60,7 @@ class ShuttingDownError(MinillmError):
 
 class EngineDeadError(MinillmError):
     """The engine failed between requests; nothing that was sent to it will be answered."""
+
+
+class ServerError(MinillmError):
+    """A server that cannot be reached, refuses a request, breaks an answer off, or says what no such server says."""

@@ -18,11 +18,11 @@ CC-BY-4.0; Patel et al. 2024, "Splitwise: Efficient Generative LLM Inference Usi
 """
 
 COLUMNS = {
-    "arrival_time": ("arrival_time", "TIMESTAMP"),
+    "arrival_time": ("arrival_time", "TIMESTAMP", "timestamp_ms"),
     "prompt_tokens": ("prompt_tokens", "ContextTokens"),
     "output_tokens": ("output_tokens", "GeneratedTokens"),
 }
-"""What columns are called here, and in Azure's own files."""
+"""What columns are called here, and elsewhere (Azure's files; times in milliseconds)."""
 
 
 class Arrival(NamedTuple):
@@ -31,7 +31,7 @@ class Arrival(NamedTuple):
     Attributes:
         time: in seconds since the first.
         prompt_tokens: length of its prompt.
-        output_tokens: length of its answer.
+        output_tokens: length of its answer; at least 1, since an empty answer took the token that ended it.
     """
 
     time: float
@@ -51,23 +51,26 @@ def load_trace(path: str | Path = AZURE_EXCERPT, *, limit: int | None = None) ->
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        rows = [tuple(_value(line, names) for names in COLUMNS.values()) for line in lines]
-        times = [_seconds(time) for time, _, _ in rows]
-        found = [Arrival(t, int(prompt), int(output)) for t, (_, prompt, output) in zip(times, rows, strict=True)]
+        found = [_arrival(line) for line in lines]
     except (KeyError, ValueError) as error:
         wanted = ", ".join(ours for ours, _ in COLUMNS.values())
         raise InvalidRequestError(f"{path} is not a CSV file with the columns {wanted}: {error}") from error
     if not all(math.isfinite(row.time) for row in found):
         raise InvalidRequestError(f"{path} has a time that is no finite number")
-    if not found or min(min(row.prompt_tokens, row.output_tokens) for row in found) < 1:
-        raise InvalidRequestError(f"{path} has no requests, or one without tokens")
+    if not found or min(row.prompt_tokens for row in found) < 1:
+        raise InvalidRequestError(f"{path} has no requests, or one without a prompt")
     found.sort(key=lambda row: row.time)
     first = found[0].time
     return [row._replace(time=row.time - first) for row in found[:limit]]
 
 
-def _value(line: dict[str, str], names: tuple[str, ...]) -> str:
-    return line[next((name for name in names if name in line), names[0])]
+def _arrival(line: dict[str, str]) -> Arrival:
+    columns = [next((name for name in names if name in line), names[0]) for names in COLUMNS.values()]
+    time, prompt, output = (line[column] for column in columns)
+    seconds = float(time) / 1000 if columns[0] == "timestamp_ms" else _seconds(time)
+    if int(output) < 0:
+        raise ValueError(f"{output} tokens")
+    return Arrival(seconds, int(prompt), max(1, int(output)))
 
 
 def _seconds(time: str) -> float:
