@@ -147,7 +147,7 @@ async def two_clients():
     return pieces
 
 
-for pieces in await two_clients():
+for pieces in await two_clients():  # noqa: F704
     print(pieces)
 
 # %% [markdown]
@@ -574,7 +574,8 @@ SIZE = {"input_len": 32, "output_len": 16, "vocab_size": llm.engine.vocab_size}
 
 def under_load(server, num, rate, seed=0):
     """Send requests at random times, `rate` a second."""
-    return measure(Load(base_url=server.url, requests=poisson(num, rate, seed=seed, **SIZE)))
+    requests = poisson(num, rate, seed=seed, **SIZE)
+    return measure(Load(base_url=server.url, requests=requests, ignore_eos=True))
 
 
 one_seat = LLM("tiny", dtype="float32", device="cpu", max_num_seqs=1, enable_prefix_caching=False)
@@ -593,14 +594,16 @@ class Watcher(threading.Thread):
     def __init__(self, engine):
         super().__init__(daemon=True)
         self.engine, self.seen, self.stopped = engine, [], threading.Event()
+        self.start()
 
     def run(self):
         while not self.stopped.wait(0.002):
-            self.seen.append(len(self.engine.unfinished))
+            self.seen.append((time.perf_counter(), len(self.engine.unfinished)))
 
-    def mean(self):
+    def mean(self, seconds):
+        """Over the last so many seconds, and stop."""
         self.stopped.set()
-        return sum(self.seen) / len(self.seen)
+        return np.mean([count for moment, count in self.seen if moment > time.perf_counter() - seconds])
 
 
 # %%
@@ -610,8 +613,8 @@ with background(one_seat, config) as server:
     service = under_load(server, 20, float("inf")).duration_s / 20
     for load in (0.4, 0.7, 0.9):
         watcher = Watcher(one_seat.engine)
-        watcher.start()
-        single[load] = under_load(server, 50, load / service), watcher.mean()
+        result = under_load(server, 50, load / service)
+        single[load] = result, watcher.mean(result.duration_s)
 
 # %% tags=["nbval-ignore-output"]
 alone = first.percentile("ttft", 50)
