@@ -37,11 +37,11 @@ def plot_request_way() -> Figure:
         axes.axhline(row, color=LIGHT, linewidth=14 if row != 3 else 4, zorder=0, solid_capstyle="butt")
         axes.text(-0.35, row, name, ha="right", va="center", fontsize=10)
     _draw_coming(axes, 0.2, CLIENTS[0], client=0, step=1.6)
-    _draw_coming(axes, 3.85, CLIENTS[1], client=1, step=5.4)
+    _draw_coming(axes, 4.25, CLIENTS[1], client=1, step=5.4)
     for number, (start, shares) in enumerate(((1.6, "A"), (3.5, "A"), (5.4, "AB"), (7.3, "AB"))):
         _draw_step(axes, start, number, shares)
     axes.text(0.7, 4.42, "sleeps until\nsomething comes", ha="center", va="top", fontsize=8.5, color="#555555")
-    axes.set(xlim=(-1.9, 10.2), ylim=(5.05, -0.75))
+    axes.set(xlim=(-1.9, 10.6), ylim=(5.05, -0.75))
     axes.annotate("time", (10.2, 4.9), (9.2, 4.9), va="center", fontsize=9, arrowprops={"arrowstyle": "->"})
     axes.set_axis_off()
     return figure
@@ -49,11 +49,11 @@ def plot_request_way() -> Figure:
 
 def _draw_coming(axes: Axes, x: float, colour: str, *, client: int, step: float) -> None:
     """A request from its client to the inbox, and from there into a step."""
-    _arrow(axes, (x, client), (x + 0.3, 2), colour)
+    _arrow(axes, (x, client), (x + 0.22, 2), colour)
     axes.text(x, client - 0.28, "POST", ha="center", fontsize=9, color=colour, fontweight="bold")
-    _box(axes, x + 0.3, 2, 0.62, "checked,\ntokens", colour)
-    _arrow(axes, (x + 0.92, 2), (x + 1.05, 3), colour)
-    axes.plot([x + 1.05, step], [3, 3], color=colour, linewidth=4, solid_capstyle="butt")
+    _box(axes, x + 0.22, 2, 0.62, "checked,\ntokens", colour)
+    _arrow(axes, (x + 0.84, 2), (x + 0.92, 3), colour)
+    axes.plot([x + 0.92, step], [3, 3], color=colour, linewidth=4, solid_capstyle="butt")
     _arrow(axes, (step, 3), (step + 0.06, 4), colour)
 
 
@@ -281,7 +281,11 @@ def plot_histogram(buckets: Mapping[float, float], marks: Mapping[str, float], *
     axes.bar_label(bars, [f"{height:,.0f}" if height else "" for height in heights], fontsize=9)
     for row, (name, value) in enumerate(marks.items()):
         axes.axvline(_place(edges, value), color=COLOURS[1 + row % 5], linestyle=LINE_STYLES[row % 4], label=name)
-    axes.set_xticks([place + 0.5 for place in range(len(edges))], ["∞" if e == math.inf else f"{e:g}" for e in edges])
+    axes.set_xticks(
+        [place + 0.5 for place in range(len(edges))],
+        ["∞" if edge == math.inf else f"{edge:g}" for edge in edges],
+        fontsize=8,
+    )
     axes.set(xlabel=f"upper edge of the bucket ({unit})", ylabel="how many", title=title)
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="upper right")
@@ -326,7 +330,7 @@ def plot_load(
 
     Args:
         rates: requests a second.
-        panels: what is measured → name of a curve → a value for each rate.
+        panels: what is measured → name of a curve → a value for each rate; the same names in each.
         capacity: requests a second that can be answered.
     """
     figure, drawn = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
@@ -339,7 +343,8 @@ def plot_load(
         axes.axvspan(capacity, right, color=LIGHT, zorder=0)
         axes.set(xlabel="requests a second", ylabel=name, xlim=(0, right), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-        handles, _ = axes.get_legend_handles_labels()
-        axes.legend(handles=[*handles, Patch(color=LIGHT, label="more than can be answered")], frameon=False)
+    handles, _ = drawn[0, 0].get_legend_handles_labels()
+    handles.append(Patch(color=LIGHT, label="more than can be answered"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title)
     return figure

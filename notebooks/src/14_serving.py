@@ -485,8 +485,8 @@ plt.show()
 # %% [markdown]
 # Those who found a seat at once are at the left, those who had to wait for one, two or three rounds at the right. Their
 # mean would be a time that hardly anybody has seen. That is why latencies are told as **percentiles**: *p50* is the
-# middle one, *p90* is what nine of ten did not exceed. But mind the width of the buckets. A p90 that a dashboard shows
-# as 437 ms may have been anything between the edges on its left and right.
+# middle one, *p90* is what nine of ten did not exceed. But mind the width of the buckets. A dashboard shows a p90 to
+# the millisecond, and it may have been anything between the edges on its left and right.
 
 # %%
 running.close()  # the server stops, and the engine is ours again
@@ -557,7 +557,7 @@ explore_queue()
 # <details><summary>Answers</summary>
 #
 # 1. At 1.0 nobody waits; at 1.1 each waits a little longer than the one before, without end.
-# 2. Between about half a service time and more than two. Forty requests say little about a mean: a single burst
+# 2. Between about half a service time and more than three. Forty requests say little about a mean: a single burst
 #    decides. Whoever measures must send many, and tell the seed.
 # 3. About ten times as long. Beyond a utilisation of 1 there is no mean to be measured; whatever figure is reported
 #    tells how long the measurement took.
@@ -792,13 +792,16 @@ print(refused.json()["error"])
 show_source(Server.handle_exit)
 
 # %%
-with background(llm, config, drain_seconds=60) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-    with http.stream("POST", "/v1/completions", json=long | {"stream": True}) as answer:
-        lines = (line for line in answer.iter_lines() if line)
-        next(lines)
-        server.handle_exit(signal.SIGTERM, None)  # what the signal would call
-        refused, health = http.post("/v1/completions", json=long), http.get("/health")
-        rest = list(lines)
+with (
+    background(llm, config, drain_seconds=60) as server,
+    httpx.Client(base_url=server.url, timeout=60) as http,
+    http.stream("POST", "/v1/completions", json=long | {"stream": True}) as answer,
+):
+    lines = (line for line in answer.iter_lines() if line)
+    next(lines)
+    server.handle_exit(signal.SIGTERM, None)  # what the signal would call
+    refused, health = http.post("/v1/completions", json=long), http.get("/health")
+    rest = list(lines)
 
 # %%
 print("is_draining:", server.service.is_draining)
