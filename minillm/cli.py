@@ -128,7 +128,9 @@ def chat(
     api_key: ApiKey = None,
     quick: Annotated[str | None, typer.Option("--quick", "-q", help="Answer this one message and end.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="How many new tokens at most (512; with --url as many as fit).")
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -148,7 +150,7 @@ def chat(
         raise ConfigError("--api-key is a server's: name the server by --url")
     else:
         sampling = _sampling(temperature, top_k, top_p, min_p, seed)
-        writer = Writer.load(model or DEFAULT_MODEL, dtype, device, max_tokens, sampling)
+        writer = Writer.load(model or DEFAULT_MODEL, dtype, device, max_tokens or 512, sampling)
     conversation = [{"role": "system", "content": system_prompt}] if system_prompt else []
     if quick is not None:
         _answer(writer, [*conversation, {"role": "user", "content": quick}], stats)
@@ -343,7 +345,7 @@ def bench_latency(
 )
 def bench_serve(
     objectives: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME:MS]…", help="More of --goodput.", show_default=False)
+        list[str] | None, typer.Argument(metavar="NAME:MS", help="More of --goodput.", show_default=False)
     ] = None,
     base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
     endpoint: Annotated[str, typer.Option(help="/v1/completions or /v1/chat/completions.")] = "/v1/completions",
@@ -584,7 +586,7 @@ def _remote_chat(
     url: str,
     api_key: str | None,
     model: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -594,9 +596,10 @@ def _remote_chat(
     """A model on a server. What is left as it is goes unsaid: not every server knows every field."""
     from minillm.client import Endpoint, RemoteChat
 
-    chosen = {"top_k": top_k or None, "top_p": None if top_p == 1 else top_p, "min_p": min_p or None, "seed": seed}
-    fields = {name: value for name, value in chosen.items() if value is not None}
-    return RemoteChat(Endpoint(url, api_key), model, {"max_tokens": max_tokens, "temperature": temperature} | fields)
+    sampling = {"top_k": top_k or None, "top_p": None if top_p == 1 else top_p, "min_p": min_p or None, "seed": seed}
+    fields = {"max_tokens": max_tokens, "temperature": temperature, **sampling}
+    chosen = {name: value for name, value in fields.items() if value is not None}
+    return RemoteChat(Endpoint(url, api_key), model, chosen)
 
 
 def _answer(writer: Writer | RemoteChat, conversation: list[dict[str, str]], stats: bool) -> str:

@@ -390,8 +390,10 @@ def _tokens(server: Endpoint, path: str, model: str, vocab_size: int | None) -> 
     if ids:
         return sorted(set(ids))
     Console(stderr=True).print(
-        "the server has no /tokenize: prompts are words, which may be more tokens; --vocab-size makes them token ids",
+        "the server tells no token ids (/tokenize): prompts are words, which may be more tokens, unless --vocab-size "
+        "is given",
         style="yellow",
+        soft_wrap=True,
     )
     return WORDS
 
@@ -409,7 +411,10 @@ def _report(result: ServeResult, shown: Shown, output_json: Path | None) -> None
         write_json(output_json, content | result.as_json(shown.metrics, shown.percentiles, shown.objectives))
     out = Console(highlight=False)
     out.print(result.table(shown.metrics, shown.percentiles, shown.objectives))
-    for error, count in Counter(result.errors).most_common(SHOWN_ERRORS):
+    kinds = Counter(result.errors).most_common()
+    for error, count in kinds[:SHOWN_ERRORS]:
         out.print(f"[red]failed[/red] {count} × {escape(error)}", soft_wrap=True)
+    if len(kinds) > SHOWN_ERRORS:
+        out.print(f"and for {len(kinds) - SHOWN_ERRORS} more reasons")
     if output_json is not None:
         out.print(f"saved in {escape(str(output_json))}", soft_wrap=True)

@@ -53,7 +53,7 @@ def load_trace(path: str | Path = AZURE_EXCERPT, *, limit: int | None = None) ->
     try:
         found = [_arrival(line) for line in lines]
     except (KeyError, ValueError) as error:
-        wanted = ", ".join(ours for ours, _ in COLUMNS.values())
+        wanted = ", ".join(COLUMNS)
         raise InvalidRequestError(f"{path} is not a CSV file with the columns {wanted}: {error}") from error
     if not all(math.isfinite(row.time) for row in found):
         raise InvalidRequestError(f"{path} has a time that is no finite number")
