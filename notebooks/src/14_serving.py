@@ -174,9 +174,9 @@ running = contextlib.ExitStack()  # keeps the server open over many cells
 server = running.enter_context(background(llm, config))
 http = running.enter_context(httpx.Client(base_url=server.url, timeout=60))
 routes = http.get("/openapi.json").json()["paths"]
-for path, methods in routes.items():
-    for method, told in methods.items():
-        print(f"{method.upper():5s} {path:24s} {told['description'].splitlines()[0]}")
+for path in ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health", "/metrics"):
+    for method, told in routes[path].items():
+        print(f"{method.upper():5s} {path:22s} {told['description'].splitlines()[0]}")
 
 # %% [markdown]
 # The paths under `/v1` are OpenAI's, and so are the names of the fields. That is worth more than a better design would
