@@ -726,7 +726,8 @@ assert all(result.num_failed == 0 for result in results.values())
 # Read the two panels together.
 #
 # - **Time per output token** climbs with the load, because more requests share each step, and a step with more tokens
-#   takes longer. Then it hardly climbs any more: more than eight are never in a step. The seats are a promise to those who sit.
+#   takes longer. Then it hardly climbs any more: more than eight are never in a step. The seats are a promise to those
+#   who sit.
 # - **Time to first token** is short as long as there is mostly a free seat, and then it leaves the chart. Whoever finds
 #   no seat waits in the queue, and all that waiting is in the first token.
 # - **The percentiles come apart first.** The middle client still feels nothing where one in ten waits noticeably. A
