@@ -6,15 +6,18 @@ second stops at once.
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, MinillmError
 from minillm.llm import LLM
 from minillm.server.app import create_app
 from minillm.server.service import ServerConfig, Service
@@ -70,6 +73,12 @@ class Server(uvicorn.Server):
         return not engine.num_unfinished
 
     @property
+    def url(self) -> str:
+        """Where it listens; OpenAI's clients take this and `/v1`."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.config.port}"
+
+    @property
     def exit_status(self) -> int:
         """0 where all that was asked has been answered or told."""
         return 1 if self.force_exit or self.service.engine.error is not None else 0
@@ -85,6 +94,32 @@ def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds
     server.run()
     server.service.engine.join()  # uvicorn, told to stop at once, has not let the application do it
     return server.exit_status
+
+
+@contextlib.contextmanager
+def background(llm: LLM, config: ServerConfig, *, drain_seconds: float = 10.0) -> Iterator[Server]:
+    """A server in a thread of this process, on a free port of this machine: for notebooks and tests.
+
+    Meanwhile the engine is the server's, and nobody else may drive it. At the end clients have `LAST_WORDS_SECONDS`.
+    Signals do not reach a server in a thread; `handle_exit` is what they would call.
+
+    Raises:
+        MinillmError: it did not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        server = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds, log_level="warning")
+        thread = threading.Thread(target=server.run, args=([listener],), name=f"server on {port}", daemon=True)
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.005)
+            if not server.started:
+                raise MinillmError("the server did not start: its log says why")
+            yield server
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def check_port(host: str, port: int) -> None:

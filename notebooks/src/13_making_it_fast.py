@@ -941,4 +941,4 @@ if tokens_a_pass(0.8, 4) is not None:
 # </details>
 #
 # ---
-# **Next:** `14_serving` (to come): the engine behind a door that many can knock at.
+# **Next:** `14_serving`: the engine behind a door that many can knock at.

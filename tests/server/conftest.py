@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +14,7 @@ import openai
 import pytest
 
 from minillm import LLM
-from minillm.server.app import create_app
-from minillm.server.serve import Server
+from minillm.server.serve import Server, background
 from minillm.server.service import ServerConfig, Service
 
 SMALL = {"dtype": "float32", "device": "cpu", "max_num_seqs": 16, "max_num_batched_tokens": 64, "enforce_eager": True}
@@ -62,23 +60,14 @@ class Running:
 @contextlib.contextmanager
 def running(llm: LLM, drain_seconds: float = 10.0, **options) -> Iterator[Running]:
     config = ServerConfig(**{"model": "tiny", "served_names": ["tiny"]} | options)
-    app = create_app(llm, config)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Server(app, host="127.0.0.1", port=port, drain_seconds=drain_seconds, log_level="warning")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    found = Running(llm, app.state.service, server, thread, f"http://127.0.0.1:{port}")
-    assert found.until(lambda: server.started)
-    try:
-        yield found
-    finally:
-        for client in found.clients:
-            client.close()
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
+    with background(llm, config, drain_seconds=drain_seconds) as server:
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == f"server on {server.config.port}")
+        found = Running(llm, server.service, server, thread, server.url)
+        try:
+            yield found
+        finally:
+            for client in found.clients:
+                client.close()
 
 
 @pytest.fixture(autouse=True)
