@@ -125,7 +125,13 @@ async def chat_completions(asked: ChatCompletionRequest, request: Request, servi
     name = service.model_name(asked.model)
     params = asked.to_params(service.defaults)
     prompt = await run_in_threadpool(service.conversation, asked)
-    answer = responses.Answer(responses.new_id("chatcmpl"), name, service.decode, top_logprobs=asked.top_logprobs or 0)
+    answer = responses.Answer(
+        responses.new_id("chatcmpl"),
+        name,
+        service.decode,
+        top_logprobs=asked.top_logprobs or 0,
+        tool_choice=asked.tool_choice,
+    )
     streams = await service.begin(answer.id, [prompt], params, asked.token_limit)
     if asked.stream:
         chunks = responses.chat_chunks(answer, merged(streams), include_usage=asked.wants_usage)

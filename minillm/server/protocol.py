@@ -9,6 +9,8 @@ item of a list is told of, not each of a million. And hence the limits on how mu
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -311,6 +313,19 @@ class Function(Model):
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
     strict: bool | None = Field(None, description="Told to the template.")
 
+    def arguments_schema(self) -> dict[str, Any]:
+        """What the arguments of a call satisfy: a JSON object, without anything in it where there are no parameters.
+
+        Raises:
+            InvalidRequestError: the parameters are not those of an object.
+        """
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        schema = {"type": "object"} | self.parameters
+        if schema["type"] != "object":
+            raise InvalidRequestError(f"tools: the parameters of {self.name} must have the type 'object'")
+        return schema
+
 
 class Tool(Model):
     """A tool; only functions are possible."""
@@ -337,6 +352,9 @@ class NamedTool(Model):
     function: FunctionName
 
 
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
 class ChatFields(Model):
     """How a conversation is written down for the model."""
 
@@ -348,7 +366,9 @@ class ChatFields(Model):
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the template.")
     tools: Items[Tool] | None = Field(
-        None, description="Told to the model by the template. Its answer is text: calls in it are the client's to read."
+        None,
+        description="Told to the model by the template. Where tool_choice forces no call its answer is text, and calls "
+        "in it are the client's to read.",
     )
 
 
@@ -359,10 +379,14 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(None, description="Before max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
-        None, description="auto where there are tools; required and named tools are refused."
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="auto where there are tools. required: the answer is one or more calls. A named function: one call "
+        "of it. Arguments satisfy the function's parameters.",
     )
-    parallel_tool_calls: Literal[True] | None = Field(None, description="Nothing forbids a text with several calls.")
+    parallel_tool_calls: bool | None = Field(
+        None, description="false, only where a call is forced: exactly one call. Nothing forbids a text with several."
+    )
     functions: None = None
     function_call: None = None
     reasoning_effort: None = None
@@ -383,20 +407,71 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
         """As `params`, with what only chats have."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs is for logprobs=true")
-        self._check_tool_choice()
+        self._check_tools()
         max_tokens = defaults.get("max_tokens") if self.token_limit is None else self.token_limit
         return self.params(defaults, max_tokens=max_tokens, logprobs=self.top_logprobs or 0 if self.logprobs else None)
 
-    def _check_tool_choice(self) -> None:
-        """Raise InvalidRequestError for a choice without tools, and for one that would force a call."""
-        if self.tool_choice is None or self.tool_choice == "none":
-            return
-        if not self.tools:
-            raise InvalidRequestError("tool_choice is for requests with tools")
-        if self.tool_choice != "auto":
+    def form(self) -> StructuredOutputsParams | None:
+        """As for completions; where a call is forced, that of its arguments, or of a list of calls."""
+        form = super().form()
+        if not self.forces_call:
+            return form
+        if form is not None:
             raise InvalidRequestError(
-                "tool_choice: this server cannot force a call yet (it takes structured output); choose none or auto"
+                "tool_choice forces a call, and response_format or structured_outputs another form of answer: choose"
             )
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            (schema,) = [one.arguments_schema() for one in functions if one.name == self.tool_choice.function.name]
+        else:
+            schema = calls_schema(functions, max_calls=1 if self.parallel_tool_calls is False else None)
+        return StructuredOutputsParams(json=schema, whitespace_pattern=CALL_WHITESPACE)
+
+    @property
+    def forces_call(self) -> bool:
+        """Whether the answer must be calls."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    def _check_tools(self) -> None:
+        """Raise InvalidRequestError for names that are not unique, and for a choice that the tools do not allow."""
+        names = Counter(tool.function.name for tool in self.tools or ())
+        for name, count in names.most_common(1):
+            if count > 1:
+                raise InvalidRequestError(f"tools: several functions are called {name}: give each its own name")
+        if self.tool_choice not in (None, "none") and not names:
+            raise InvalidRequestError("tool_choice is for requests with tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise InvalidRequestError(
+                f"tool_choice: {self.tool_choice.function.name} is none of the tools: add it there"
+            )
+        if self.parallel_tool_calls is False and not self.forces_call:
+            raise InvalidRequestError(
+                "parallel_tool_calls=false is for tool_choice required or a named function: else the answer is text"
+            )
+
+
+CALL_WHITESPACE = " ?"
+"""Between the parts of a forced call. Where any is allowed, small models write it without end."""
+
+
+def calls_schema(functions: Sequence[Function], *, max_calls: int | None = None) -> dict[str, Any]:
+    """A list of calls, `[{"name": …, "parameters": {…}}, …]`, in vLLM's form.
+
+    Raises:
+        InvalidRequestError: parameters that are not those of an object.
+    """
+    calls = [
+        {
+            "type": "object",
+            # An id makes the schema a document of its own, in which its references are looked up.
+            "properties": {"name": {"const": one.name}, "parameters": one.arguments_schema() | {"$id": f"tool:{at}"}},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for at, one in enumerate(functions)
+    ]
+    at_most = {} if max_calls is None else {"maxItems": max_calls}
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **at_most}
 
 
 class TokenizeTextRequest(Model):
@@ -436,6 +511,11 @@ class DetokenizeRequest(Model):
 
 
 # --- answers
+
+
+FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+"""tool_calls: the calls of tool_choice=required are complete. After a named function it is stop, as OpenAI's."""
 
 
 class Error(BaseModel):
@@ -483,7 +563,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
     stop_reason: int | str | None
 
 
@@ -519,11 +599,12 @@ class ChatLogprobs(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """The model's answer."""
+    """The model's answer: a text, or the calls that were forced."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -532,7 +613,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: ChatFinishReason
     stop_reason: int | str | None
 
 
@@ -547,11 +628,28 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class FunctionCallDelta(BaseModel):
+    """What is new of a function's call."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """What is new of a call; the first piece has its id, type and name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
 class Delta(BaseModel):
     """What is new of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -560,7 +658,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
 
 

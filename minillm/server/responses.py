@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
 from minillm.engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from minillm.errors import InvalidRequestError, ShuttingDownError
@@ -16,19 +16,21 @@ from minillm.server.protocol import (
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
+    ChatFinishReason,
     ChatLogprobs,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     Delta,
+    FinishReason,
     PromptTokensDetails,
     TokenLogprob,
+    ToolChoice,
     TopLogprob,
     Usage,
 )
+from minillm.server.tool_calls import CallReader, call_reader
 from minillm.text import HALF_A_CHARACTER
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Answer:
         only_prompt: leave the answers out.
         decode: the text of tokens.
         top_logprobs: of a chat, how many likeliest tokens are told.
+        tool_choice: of a chat, which may force calls.
     """
 
     id: str
@@ -50,6 +53,7 @@ class Answer:
     echoes: Sequence[str] | None = None
     only_prompt: bool = False
     top_logprobs: int = 0
+    tool_choice: ToolChoice | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -232,15 +236,29 @@ def chat_completion(request: Answer, output: RequestOutput) -> ChatCompletion:
 
 
 def _chat_choice(request: Answer, answer: CompletionOutput) -> ChatChoice:
-    reason = finish_reason(answer)
+    reason = _chat_finish_reason(request, answer)
     assert reason is not None, "whole outputs have ended"
     return ChatChoice(
         index=answer.index,
-        message=AssistantMessage(role="assistant", content=answer.text),
+        message=_message(answer.text, call_reader(request.tool_choice)),
         logprobs=_chat_logprobs(request, answer),
         finish_reason=reason,
         stop_reason=answer.stop_reason,
     )
+
+
+def _message(text: str, reader: CallReader | None) -> AssistantMessage:
+    if reader is None:
+        return AssistantMessage(role="assistant", content=text)
+    reader.read(text)
+    return AssistantMessage(role="assistant", content=None, tool_calls=reader.calls)
+
+
+def _chat_finish_reason(request: Answer, answer: CompletionOutput) -> ChatFinishReason | None:
+    """As `finish_reason`, or that the calls that were required are complete."""
+    reason = finish_reason(answer)
+    is_complete = reason == "stop" and answer.stop_reason is None  # the grammar ended it, nothing that was asked for
+    return "tool_calls" if is_complete and request.tool_choice == "required" else reason
 
 
 async def chat_chunks(
@@ -252,23 +270,35 @@ async def chat_chunks(
         InvalidRequestError: an answer in which no token could be chosen.
     """
     count = UsageCount()
-    begun: set[int] = set()
+    readers: dict[int, CallReader | None] = {}
     ended: set[int] = set()
     async for _, output in outputs:
         count.add(output)
         for answer in output.outputs:
             if answer.index in ended:
                 continue
-            reason, logprobs = finish_reason(answer), _chat_logprobs(request, answer)
-            if answer.index not in begun:
-                begun.add(answer.index)
-                yield _chat_chunk(request, answer, Delta(role="assistant", content=""))
+            reason, logprobs = _chat_finish_reason(request, answer), _chat_logprobs(request, answer)
+            if answer.index not in readers:
+                readers[answer.index] = call_reader(request.tool_choice)
+                yield _chat_chunk(request, answer, _first_delta(readers[answer.index]))
             if reason is not None:
                 ended.add(answer.index)
-            if answer.text or reason is not None or (logprobs and logprobs.content):
-                yield _chat_chunk(request, answer, Delta(content=answer.text), logprobs, reason)
+            delta = _delta(answer.text, readers[answer.index])
+            if delta.content or delta.tool_calls or reason is not None or (logprobs and logprobs.content):
+                yield _chat_chunk(request, answer, delta, logprobs, reason)
     if include_usage:
         yield _chat_completion_chunk(request, [], usage=count.usage())
+
+
+def _first_delta(reader: CallReader | None) -> Delta:
+    return Delta(role="assistant", content="" if reader is None else None)
+
+
+def _delta(text: str, reader: CallReader | None) -> Delta:
+    if reader is None:
+        return Delta(content=text)
+    calls = reader.read(text)
+    return Delta(tool_calls=calls) if calls else Delta()
 
 
 def _chat_chunk(
@@ -276,7 +306,7 @@ def _chat_chunk(
     answer: CompletionOutput,
     delta: Delta,
     logprobs: ChatLogprobs | None = None,
-    reason: FinishReason | None = None,
+    reason: ChatFinishReason | None = None,
 ) -> ChatCompletionChunk:
     stop = None if reason is None else answer.stop_reason
     choice = ChatChunkChoice(index=answer.index, delta=delta, logprobs=logprobs, finish_reason=reason, stop_reason=stop)
