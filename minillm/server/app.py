@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,6 +27,7 @@ from minillm.server.engine_thread import RequestStream
 from minillm.server.errors import add_error_handlers, error_body, error_response, told
 from minillm.server.protocol import (
     ChatCompletion,
+    ChatCompletionChunk,
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
@@ -111,16 +113,25 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "The server is shutting down."},
 }
 router = APIRouter(responses=ERRORS)
-EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}, "description": "The answer, or with stream=true its pieces."}
-}
+
+
+def _streaming(piece: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What the page says of a stream of such pieces; OpenAPI 3.1 has no form for events."""
+    told = f"Events, `data: ` and a {piece.__name__}, or an ErrorResponse where it fails; the last is `data: [DONE]`."
+    return {
+        200: {
+            "content": {"text/event-stream": {"schema": {"type": "string", "description": told}}},
+            "description": "The answer, or with stream=true its pieces.",
+        }
+    }
+
 
 EXPOSITION: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
 }
 
 
-@router.post("/v1/completions", response_model=Completion, responses=EVENTS)
+@router.post("/v1/completions", response_model=Completion, responses=_streaming(Completion))
 async def completions(asked: CompletionRequest, request: Request, service: Serving) -> Response:
     """Continue one or several texts."""
     service.check_ready(asked.num_answers)
@@ -141,7 +152,7 @@ async def completions(asked: CompletionRequest, request: Request, service: Servi
     return await _whole(request, streams, lambda outputs: responses.completion(answer, outputs))
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_streaming(ChatCompletionChunk))
 async def chat_completions(asked: ChatCompletionRequest, request: Request, service: Serving) -> Response:
     """Answer a conversation."""
     service.check_ready(asked.num_answers)
@@ -304,8 +315,12 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """The schema, without FastAPI's own 422: what is invalid here is a 400."""
+        """The schema, with a stream's pieces, and without FastAPI's own 422: what is invalid here is a 400."""
         schema = plain()
+        _, pieces = models_json_schema(
+            [(ChatCompletionChunk, "serialization")], ref_template="#/components/schemas/{model}"
+        )
+        schema["components"]["schemas"] = pieces["$defs"] | schema["components"]["schemas"]
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -296,7 +297,9 @@ def test_bodies_that_are_too_large(server):
 )  # fmt: skip
 def test_large_bodies_are_refused_without_being_gone_through(server, path, body, told):
     start = resident()
-    answer = server.http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+    answer = httpx.post(
+        f"{server.url}/v1/{path}", content=body, headers={"content-type": "application/json"}, timeout=60
+    )
     assert answer.status_code == 400
     assert told in answer.json()["error"]["message"]
     assert resident() < start + 256 * MiB
