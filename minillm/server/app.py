@@ -116,11 +116,18 @@ router = APIRouter(responses=ERRORS)
 
 
 def _streaming(piece: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """What the page says of a stream of such pieces; OpenAPI 3.1 has no form for events."""
-    told = f"Events, `data: ` and a {piece.__name__}, or an ErrorResponse where it fails; the last is `data: [DONE]`."
+    """What the page says of an answer that may be a stream of such pieces."""
+    kinds = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in (piece, ErrorResponse)]
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": kinds},
+        "description": "A piece; an error, where the answer cannot be written to its end; `[DONE]` is the last.",
+    }
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {
         200: {
-            "content": {"text/event-stream": {"schema": {"type": "string", "description": told}}},
+            "content": {"text/event-stream": {"itemSchema": event}},
             "description": "The answer, or with stream=true its pieces.",
         }
     }
