@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +28,7 @@ from minillm.server.events import EventStream
 from minillm.server.page import FILES, page_router
 from minillm.server.protocol import (
     ChatCompletion,
+    ChatCompletionChunk,
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
@@ -88,16 +90,32 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "The server is shutting down."},
 }
 router = APIRouter(responses=ERRORS)
-EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}, "description": "The answer, or with stream=true its pieces."}
-}
+
+
+def _streaming(piece: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What the page says of an answer that may be a stream of such pieces."""
+    kinds = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in (piece, ErrorResponse)]
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": kinds},
+        "description": "A piece; an error, where the answer cannot be written to its end; `[DONE]` is the last.",
+    }
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {
+        200: {
+            "content": {"text/event-stream": {"itemSchema": event}},
+            "description": "The answer, or with stream=true its pieces.",
+        }
+    }
+
 
 EXPOSITION: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
 }
 
 
-@router.post("/v1/completions", response_model=Completion, responses=EVENTS)
+@router.post("/v1/completions", response_model=Completion, responses=_streaming(Completion))
 async def completions(asked: CompletionRequest, request: Request, service: Serving) -> Response:
     """Continue one or several texts."""
     service.check_ready(asked.num_answers)
@@ -118,7 +136,7 @@ async def completions(asked: CompletionRequest, request: Request, service: Servi
     return await _whole(request, streams, lambda outputs: responses.completion(answer, outputs))
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_streaming(ChatCompletionChunk))
 async def chat_completions(asked: ChatCompletionRequest, request: Request, service: Serving) -> Response:
     """Answer a conversation."""
     service.check_ready(asked.num_answers)
@@ -288,8 +306,12 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """The schema, without FastAPI's own 422: what is invalid here is a 400."""
+        """The schema, with a stream's pieces, and without FastAPI's own 422: what is invalid here is a 400."""
         schema = plain()
+        _, pieces = models_json_schema(
+            [(ChatCompletionChunk, "serialization")], ref_template="#/components/schemas/{model}"
+        )
+        schema["components"]["schemas"] = pieces["$defs"] | schema["components"]["schemas"]
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

@@ -246,6 +246,14 @@ def test_where_no_token_can_be_chosen_the_request_ends_and_others_go_on(llm, for
     assert llm._pool.num_free == llm._pool.num_blocks
 
 
+@pytest.mark.parametrize("token", [-1, 10**9, 10**30])
+def test_stop_tokens_that_the_model_does_not_have_forbid_nothing(llm, token):
+    plain = generate(llm, PROMPTS[0], SamplingParams(temperature=0, max_tokens=4, min_tokens=4))[0].outputs[0].text
+    params = SamplingParams(temperature=0, max_tokens=4, min_tokens=4, stop_token_ids=[token])
+    with pytest.warns(UserWarning, match="end nothing"):
+        assert generate(llm, PROMPTS[0], params)[0].outputs[0].text == plain
+
+
 def raises(written, logits):
     raise KeyError("mine")
 

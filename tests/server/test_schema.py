@@ -26,7 +26,6 @@ def test_every_answer_is_as_the_page_says():
             "--seed", "0", "--generation-deterministic", "--continue-on-failure",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        print(done.stdout)
         assert done.returncode == 0, done.stdout + done.stderr
         assert server.http.get("/health").status_code == 200
         assert server.until(lambda: server.num_held == 0)

@@ -6,6 +6,7 @@ import asyncio
 import json
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -270,6 +271,25 @@ def test_the_openapi_page_is_right(server):
     assert answers["400"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
 
 
+def test_answers_and_events_are_as_the_openapi_page_says(server):
+    page = server.http.get("/openapi.json").json()
+
+    def check(kind: str, found: object) -> None:
+        jsonschema.validate(found, {"$ref": f"#/components/schemas/{kind}", "components": page["components"]})
+
+    for path, asked, whole, piece in (
+        ("completions", {"prompt": PROMPTS[:2], "n": 2, "logprobs": 2, "echo": True}, "Completion", "Completion"),
+        ("chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}, "ChatCompletion",
+         "ChatCompletionChunk"),
+    ):  # fmt: skip
+        check(whole, server.http.post(f"/v1/{path}", json=asked | {"max_tokens": 4}).json())
+        stream = {"max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
+        events = [line for line in server.http.post(f"/v1/{path}", json=asked | stream).text.split("\n") if line]
+        assert events[-1] == "data: [DONE]"
+        for event in events[:-1]:
+            check(piece, json.loads(event.removeprefix("data: ")))
+
+
 # --- what is refused
 
 
@@ -305,6 +325,7 @@ def test_what_cannot_be_is_refused_in_openais_form(server):
         ("completions", text | {"prompt": ["a"] * 2000}, 400, None, "1024"),
         ("completions", text | {"logit_bias": {"99999999": 1}}, 400, None, "logit_bias"),
         ("completions", text | {"min_tokens": 3}, 400, None, "min_tokens"),
+        ("completions", text | {"min_tokens": 1, "stop_token_ids": [10**9]}, 400, None, "stop_token_ids"),
         ("completions", text | {"allowed_token_ids": []}, 400, None, "allowed_token_ids"),
         ("chat/completions", {"messages": []}, 400, "messages", "at least 1"),
         ("chat/completions", chat | {"chat_template": "{{ 1 }}"}, 400, None, "--trust-request-chat-template"),
@@ -340,6 +361,7 @@ def test_what_cannot_be_is_refused_in_openais_form(server):
         ("POST", "/v1/completions", b" " * (8 * 2**20 + 1), 413),
         ("GET", "/v1/completions", None, 405),
         ("GET", "/v1/nothing", None, 404),
+        ("POST", "/v1/completions/", b"{}", 404),
         ("GET", "/v1/models/other", None, 404),
     ],
 )
