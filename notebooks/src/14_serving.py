@@ -42,7 +42,7 @@ from minillm import LLM, SamplingParams
 from minillm.bench.serve import Load, measure, poisson
 from minillm.engine.params import RequestOutputKind
 from minillm.engine.trace import Trace
-from minillm.server import app
+from minillm.server import app, events
 from minillm.server.engine_thread import EngineThread, RequestStream
 from minillm.server.metrics import SHORT
 from minillm.server.serve import Server, background
@@ -251,7 +251,7 @@ print(always)
 # with the word `[DONE]`. This is all of it:
 
 # %%
-show_source(app._events)
+show_source(events._events)
 
 # %% [markdown]
 # Look at the `except`. When the first event goes out, the status line *200 OK* has already gone. Whatever fails from
