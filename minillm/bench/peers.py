@@ -77,6 +77,7 @@ def contenders(vllm: Path | None, llama_cpp: Path | None, model: Path) -> dict[s
     found = [
         Contender(MINILLM, HERE, ours, "as it is"),
         *(Contender(f"{MINILLM}-{kind}", HERE, (*ours, kind), "as it is", on_request=True) for kind in QUANTIZATIONS),
+        Contender(f"{MINILLM}-server", HERE, ("-m", "minillm.bench.server_worker"), "as it is", on_request=True),
         _peer("transformers", HERE, "folder"),
         _peer("transformers-continuous", HERE, "folder"),
     ]

@@ -128,6 +128,7 @@ async def completions(asked: CompletionRequest, request: Request, service: Servi
         service.decode,
         echoes=[service.decode(ids) if text is None else text for text, ids in prompts] if asked.echo else None,
         only_prompt=asked.only_prompt,
+        return_token_ids=bool(asked.return_token_ids),
     )
     streams = await service.begin(answer.id, prompts, params, asked.max_tokens)
     if asked.stream:
@@ -149,6 +150,7 @@ async def chat_completions(asked: ChatCompletionRequest, request: Request, servi
         service.decode,
         top_logprobs=asked.top_logprobs or 0,
         tool_choice=asked.tool_choice,
+        return_token_ids=bool(asked.return_token_ids),
     )
     streams = await service.begin(answer.id, [prompt], params, asked.token_limit)
     if asked.stream:

@@ -150,6 +150,7 @@ class SamplingFields(Model):
     allowed_token_ids: Annotated[Items[int], Field(max_length=MAX_ALLOWED_TOKENS)] | None = None
     bad_words: Annotated[Items[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
 
+    return_token_ids: bool | None = Field(None, description="Also give the answer's tokens.")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -565,6 +566,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class Completion(BaseModel):
@@ -615,6 +617,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -660,6 +663,7 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionChunk(BaseModel):

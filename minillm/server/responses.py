@@ -45,6 +45,7 @@ class Answer:
         decode: the text of tokens.
         top_logprobs: of a chat, how many likeliest tokens are told.
         tool_choice: of a chat, which may force calls.
+        return_token_ids: also give the answers' tokens.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Answer:
     only_prompt: bool = False
     top_logprobs: int = 0
     tool_choice: ToolChoice | None = None
+    return_token_ids: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -146,7 +148,7 @@ async def completion_chunks(
             offsets[index] = _end(choice.logprobs, offsets.get(index, 0))
             if choice.finish_reason is not None:
                 ended.add(index)
-            if choice.text or choice.finish_reason or (choice.logprobs and choice.logprobs.tokens):
+            if choice.text or choice.finish_reason or choice.token_ids or (choice.logprobs and choice.logprobs.tokens):
                 yield _completion(request, [choice])
     if include_usage:
         yield _completion(request, [], usage=count.usage(only_prompt=request.only_prompt))
@@ -186,7 +188,13 @@ def _completion_choice(
         logprobs=None if answer.logprobs is None else _completion_logprobs(request, tokens, offset),
         finish_reason=reason,
         stop_reason=None if request.only_prompt else answer.stop_reason,
+        **_token_ids(request, answer),
     )
+
+
+def _token_ids(request: Answer, answer: CompletionOutput) -> dict[str, list[int]]:
+    """The answer's tokens, or a piece's, where they are asked for."""
+    return {"token_ids": [] if request.only_prompt else answer.token_ids} if request.return_token_ids else {}
 
 
 def _completion_logprobs(
@@ -244,6 +252,7 @@ def _chat_choice(request: Answer, answer: CompletionOutput) -> ChatChoice:
         logprobs=_chat_logprobs(request, answer),
         finish_reason=reason,
         stop_reason=answer.stop_reason,
+        **_token_ids(request, answer),
     )
 
 
@@ -284,8 +293,10 @@ async def chat_chunks(
             if reason is not None:
                 ended.add(answer.index)
             delta = _delta(answer.text, readers[answer.index])
-            if delta.content or delta.tool_calls or reason is not None or (logprobs and logprobs.content):
-                yield _chat_chunk(request, answer, delta, logprobs, reason)
+            tokens = _token_ids(request, answer)
+            has_tokens = (logprobs and logprobs.content) or tokens.get("token_ids")
+            if delta.content or delta.tool_calls or reason is not None or has_tokens:
+                yield _chat_chunk(request, answer, delta, logprobs, reason, **tokens)
     if include_usage:
         yield _chat_completion_chunk(request, [], usage=count.usage())
 
@@ -307,9 +318,16 @@ def _chat_chunk(
     delta: Delta,
     logprobs: ChatLogprobs | None = None,
     reason: ChatFinishReason | None = None,
+    **token_ids: list[int],
 ) -> ChatCompletionChunk:
-    stop = None if reason is None else answer.stop_reason
-    choice = ChatChunkChoice(index=answer.index, delta=delta, logprobs=logprobs, finish_reason=reason, stop_reason=stop)
+    choice = ChatChunkChoice(
+        index=answer.index,
+        delta=delta,
+        logprobs=logprobs,
+        finish_reason=reason,
+        stop_reason=None if reason is None else answer.stop_reason,
+        **token_ids,
+    )
     return _chat_completion_chunk(request, [choice])
 
 

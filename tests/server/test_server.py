@@ -106,6 +106,23 @@ def test_logprobs_and_echo(server, reference):
     assert found.logprobs.text_offset == [len("".join(found.logprobs.tokens[:at])) for at in range(len(tokens))]
 
 
+def test_token_ids_are_given_where_they_are_asked_for(server, reference):
+    expected = reference.generate("Once upon", SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0]
+    asked = {"model": "tiny", "temperature": 0, "max_tokens": 12, "extra_body": {"return_token_ids": True}}
+    whole = server.openai.completions.create(prompt="Once upon", **asked)
+    assert whole.choices[0].token_ids == expected.outputs[0].token_ids
+    pieces = list(server.openai.completions.create(prompt="Once upon", stream=True, **asked))
+    assert [token for piece in pieces for token in piece.choices[0].token_ids] == expected.outputs[0].token_ids
+    conversation = [{"role": "user", "content": "Hello"}]
+    chat = server.openai.chat.completions.create(messages=conversation, **asked)
+    pieces = list(server.openai.chat.completions.create(messages=conversation, stream=True, **asked))
+    ids = [token for piece in pieces for token in getattr(piece.choices[0], "token_ids", [])]
+    assert ids == chat.choices[0].token_ids
+    assert len(ids) == chat.usage.completion_tokens
+    plain = server.openai.completions.create(model="tiny", prompt="Once upon", max_tokens=2)
+    assert plain.choices[0].token_ids is None
+
+
 def test_a_prompt_can_be_scored_without_an_answer(server, reference):
     expected = generate(reference, PROMPTS[0], temperature=0, max_tokens=1, prompt_logprobs=0)[0]
     for stream in (False, True):
