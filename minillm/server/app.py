@@ -52,6 +52,8 @@ CLIENT_HAS_GONE = 499  # nginx's number; nobody reads it
 OPEN_PATHS = ("/health", "/version", "/metrics", "/docs", "/openapi.json", *FILES)
 """What needs no key."""
 
+DESCRIPTION = "What the server takes and gives. /docs shows it by Swagger UI, which the browser loads from the network."
+
 Result = TypeVar("Result")
 
 
@@ -129,6 +131,7 @@ async def completions(asked: CompletionRequest, request: Request, service: Servi
         echoes=[service.decode(ids) if text is None else text for text, ids in prompts] if asked.echo else None,
         only_prompt=asked.only_prompt,
         return_token_ids=bool(asked.return_token_ids),
+        tells_prompt_logprobs=asked.prompt_logprobs is not None,
     )
     streams = await service.begin(answer.id, prompts, params, asked.max_tokens)
     if asked.stream:
@@ -148,6 +151,7 @@ async def chat_completions(asked: ChatCompletionRequest, request: Request, servi
         responses.new_id("chatcmpl"),
         name,
         service.decode,
+        tells_prompt_logprobs=asked.prompt_logprobs is not None,
         top_logprobs=asked.top_logprobs or 0,
         tool_choice=asked.tool_choice,
         return_token_ids=bool(asked.return_token_ids),
@@ -192,7 +196,7 @@ async def tokenize(asked: TokenizeRequest, service: Serving) -> TokenizeResponse
     """The tokens of a text, or of a conversation."""
     service.model_name(asked.model)
     if isinstance(asked, TokenizeTextRequest):
-        ids = await run_in_threadpool(service.encode, asked.prompt, special=asked.add_special_tokens)
+        ids = await run_in_threadpool(service.encode, asked.prompt, special=asked.add_special_tokens is not False)
     else:
         _, ids = await run_in_threadpool(service.conversation, asked)
     names = cast(list[str], service.tokenizer.convert_ids_to_tokens(ids)) if asked.return_token_strs else None
@@ -299,7 +303,15 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
         finally:
             await service.engine.close()
 
-    app = FastAPI(title="minillm", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="minillm",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.openapi_version = "3.2.0"  # the first to say what the events of a stream are
     app.state.service = service
     app.include_router(router)
     app.include_router(page_router(service))
@@ -308,15 +320,22 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """The schema, with a stream's pieces, and without FastAPI's own 422: what is invalid here is a 400."""
+        """The schema, with a stream's pieces, and with what needs a key.
+
+        Without FastAPI's own 422: what is invalid here is a 400.
+        """
         schema = plain()
         _, pieces = models_json_schema(
             [(ChatCompletionChunk, "serialization")], ref_template="#/components/schemas/{model}"
         )
         schema["components"]["schemas"] = pieces["$defs"] | schema["components"]["schemas"]
-        for path in schema["paths"].values():
-            for operation in path.values():
+        if config.api_keys:
+            schema["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if config.api_keys and path not in OPEN_PATHS:
+                    operation["security"] = [{"api_key": []}]
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

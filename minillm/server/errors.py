@@ -109,6 +109,8 @@ def explain(errors: Sequence[Any]) -> tuple[str, str | None]:
         return f"Unrecognized request argument supplied: {where}", where
     if kind == "none_required":
         return f"{where} is not implemented by this server: leave it out", where
+    if kind == "literal_error":
+        return f"{where}: only {error['ctx']['expected']} is implemented by this server", where
     if kind == "missing":
         return f"you must provide {where or 'a body'}", where or None
     return f"{where or 'the body'}: {error['msg']}", where or None

@@ -1,7 +1,8 @@
 """What goes over the wire: OpenAI's objects, with vLLM's additional sampling fields.
 
 A field that OpenAI or vLLM has and this server does not is declared as `None`: null is right, anything else is refused.
-Fields that nobody knows are refused too.
+Where a value of it asks for nothing that is right too: such fields are declared as a `Literal`. Fields that nobody
+knows are refused.
 
 What is wrong with a body is found out in the event loop, where everybody waits for it. Hence `fail_fast`: one wrong
 item of a list is told of, not each of a million. And hence the limits on how much a field may hold.
@@ -25,6 +26,7 @@ MAX_STOP_LENGTH = 1000
 MAX_PROMPTS = 2**14
 MAX_MESSAGES = 2**14
 MAX_STOP_TOKENS = 1024
+MAX_CHOICES = 2**14
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_LENGTH = 100
 MAX_ALLOWED_TOKENS = 2**18
@@ -69,6 +71,7 @@ class StreamOptions(Model):
     """What a stream holds beside the answer."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class StructuredOutputs(Model):
@@ -76,7 +79,7 @@ class StructuredOutputs(Model):
 
     schema_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
     regex: str | None = None
-    choice: list[Stop] | None = None
+    choice: Annotated[Items[Stop], Field(max_length=MAX_CHOICES)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
@@ -154,11 +157,23 @@ class SamplingFields(Model):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
-    prompt_logprobs: None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Not in streams.")
+
+    use_beam_search: None = None
+    length_penalty: None = None
+    truncate_prompt_tokens: None = None
+    return_tokens_as_token_ids: None = None
+    priority: None = None
+    request_id: None = None
+    cache_salt: None = None
+    vllm_xargs: None = None
+    kv_transfer_params: None = None
     guided_json: None = None
     guided_regex: None = None
     guided_choice: None = None
     guided_grammar: None = None
+    guided_decoding_backend: None = None
+    guided_whitespace_pattern: None = None
     logits_processors: None = None
 
     @property
@@ -195,6 +210,8 @@ class SamplingFields(Model):
         """
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is for stream=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs is not given in streams: leave it out, or ask with stream=false")
         said = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return SamplingParams(**defaults | said | others, output_kind=kind, structured_outputs=self.form())
@@ -220,8 +237,9 @@ SAMPLING = (
     "spaces_between_special_tokens",
     "allowed_token_ids",
     "bad_words",
+    "prompt_logprobs",
 )
-"""Fields that `SamplingParams` has by the same names."""
+"""Fields that `SamplingParams` has by the same names, and that go there as they are."""
 
 
 class CompletionRequest(SamplingFields):
@@ -236,9 +254,12 @@ class CompletionRequest(SamplingFields):
     max_tokens: Count | None = Field(None, description=f"{DEFAULT_MAX_TOKENS} when null; 0 only with echo.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    add_special_tokens: bool | None = Field(None, description="Whether texts get the tokenizer's special tokens.")
-    suffix: None = None
-    best_of: None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Whether texts get the tokenizer's special tokens: true when null. Not for token ids."
+    )
+    suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
+    prompt_embeds: None = None
 
     @property
     def only_prompt(self) -> bool:
@@ -249,8 +270,12 @@ class CompletionRequest(SamplingFields):
         """As `params`, with what only completions have."""
         if self.only_prompt and not self.echo:
             raise InvalidRequestError("max_tokens must be at least 1 where echo is not true")
+        if self.best_of is not None and self.num_answers > self.best_of:
+            raise InvalidRequestError("best_of must be at least n: leave it out")
         max_tokens = defaults.get("max_tokens", DEFAULT_MAX_TOKENS) if self.max_tokens is None else self.max_tokens
-        prompt_logprobs = self.logprobs if self.echo else None
+        prompt_logprobs = self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs
+        if self.prompt_logprobs not in (None, prompt_logprobs):
+            raise InvalidRequestError("with echo, prompt_logprobs must be what logprobs is: leave it out")
         return self.params(
             defaults, max_tokens=max(1, max_tokens), logprobs=self.logprobs, prompt_logprobs=prompt_logprobs
         )
@@ -290,6 +315,7 @@ class Message(Model):
     annotations: None = None
     audio: None = None
     function_call: None = None
+    reasoning_content: None = None
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
@@ -371,6 +397,8 @@ class ChatFields(Model):
         description="Told to the model by the template. Where tool_choice forces no call its answer is text, and calls "
         "in it are the client's to read.",
     )
+    add_special_tokens: Literal[False] | None = Field(None, description="The template writes them.")
+    mm_processor_kwargs: None = None
 
 
 class ChatCompletionRequest(ChatFields, SamplingFields):
@@ -391,14 +419,19 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     functions: None = None
     function_call: None = None
     reasoning_effort: None = None
-    modalities: None = None
+    modalities: Annotated[Items[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: None = None
     prediction: None = None
     store: Literal[False] | None = None
     metadata: None = None
-    service_tier: None = None
-    echo: None = None
-    add_special_tokens: None = None
+    service_tier: Literal["auto"] | None = None
+    safety_identifier: None = None
+    prompt_cache_key: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    echo: Literal[False] | None = None
+    documents: None = None
+    include_reasoning: None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -480,15 +513,15 @@ class TokenizeTextRequest(Model):
 
     model: str | None = None
     prompt: str
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = Field(None, description="true when null.")
+    return_token_strs: bool | None = None
 
 
 class TokenizeChatRequest(ChatFields):
     """The tokens of a conversation."""
 
     model: str | None = None
-    return_token_strs: bool = False
+    return_token_strs: bool | None = None
 
 
 def _kind_of_tokenize_request(given: Any) -> str:
@@ -558,6 +591,18 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int] = []
 
 
+class PromptLogprob(BaseModel):
+    """A token that might stand in a place of the prompt; the likeliest there has rank 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""By position and token: the prompt's own and the likeliest. The first position has none."""
+
+
 class CompletionChoice(BaseModel):
     """An answer, or, in a stream, the next piece of it."""
 
@@ -567,6 +612,7 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -629,6 +675,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class FunctionCallDelta(BaseModel):

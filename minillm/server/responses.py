@@ -23,6 +23,8 @@ from minillm.server.protocol import (
     CompletionLogprobs,
     Delta,
     FinishReason,
+    PromptLogprob,
+    PromptLogprobs,
     PromptTokensDetails,
     TokenLogprob,
     ToolChoice,
@@ -42,6 +44,7 @@ class Answer:
         model: the name that the client knows.
         echoes: for each prompt its text, where it is to stand before the answers.
         only_prompt: leave the answers out.
+        tells_prompt_logprobs: whether those of the prompt are told apart from an echo.
         decode: the text of tokens.
         top_logprobs: of a chat, how many likeliest tokens are told.
         tool_choice: of a chat, which may force calls.
@@ -53,6 +56,7 @@ class Answer:
     decode: Callable[[list[int]], str]
     echoes: Sequence[str] | None = None
     only_prompt: bool = False
+    tells_prompt_logprobs: bool = False
     top_logprobs: int = 0
     tool_choice: ToolChoice | None = None
     return_token_ids: bool = False
@@ -189,6 +193,7 @@ def _completion_choice(
         finish_reason=reason,
         stop_reason=None if request.only_prompt else answer.stop_reason,
         **_token_ids(request, answer),
+        prompt_logprobs=_prompt_logprobs(request, output),
     )
 
 
@@ -212,6 +217,19 @@ def _completion_logprobs(
         found.text_offset.append(offset)
         offset += len(text)
     return found
+
+
+def _prompt_logprobs(request: Answer, output: RequestOutput) -> PromptLogprobs | None:
+    if not request.tells_prompt_logprobs or output.prompt_logprobs is None:
+        return None
+    return [None if found is None else _by_token(found) for found in output.prompt_logprobs]
+
+
+def _by_token(found: TokenLogprobs) -> dict[int, PromptLogprob]:
+    return {
+        token: PromptLogprob(logprob=_finite(one.logprob), rank=one.rank, decoded_token=one.decoded_token)
+        for token, one in found.items()
+    }
 
 
 def _end(logprobs: CompletionLogprobs | None, start: int) -> int:
@@ -240,6 +258,7 @@ def chat_completion(request: Answer, output: RequestOutput) -> ChatCompletion:
         model=request.model,
         choices=[_chat_choice(request, answer) for answer in output.outputs],
         usage=usage([output]),
+        prompt_logprobs=_prompt_logprobs(request, output),
     )
 
 

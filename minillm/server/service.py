@@ -103,7 +103,7 @@ class Service:
         """Texts and tokens of a completion's prompts.
 
         Raises:
-            InvalidRequestError: there is none.
+            InvalidRequestError: there is none, or it comes with an option that is not for its kind.
         """
         given = asked.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
@@ -112,6 +112,8 @@ class Service:
             raise InvalidRequestError("prompt is empty: give at least one")
         if len(given) * asked.num_answers > self.config.max_requests:
             raise InvalidRequestError(f"prompts times n is more than the {self.config.max_requests} that may wait")
+        if asked.add_special_tokens is not None and not isinstance(given[0], str):
+            raise InvalidRequestError("add_special_tokens is for texts, and prompt holds token ids: leave it out")
         special = asked.add_special_tokens is not False
         return [
             (one, self.encode(one, special=special)) if isinstance(one, str) else (None, cast(list[int], one))

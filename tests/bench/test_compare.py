@@ -29,7 +29,9 @@ TINY = BUNDLED["tiny"]
 HERE = contenders(None, None, TINY)
 
 
-@pytest.mark.parametrize("name", ["minillm", "minillm-int8", "minillm-server", "transformers", "transformers-continuous"])
+@pytest.mark.parametrize(
+    "name", ["minillm", "minillm-int8", "minillm-server", "transformers", "transformers-continuous"]
+)
 def test_an_engine_behind_the_protocol(name, tmp_path):
     asks = [Ask([5, 17, 3, *row], count) for row, count in (([99, 42], 4), ([7], 9), ([120, 11, 2, 64], 1))]
     with HERE[name].start(1, tmp_path / "log") as process:

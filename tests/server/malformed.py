@@ -35,7 +35,7 @@ WRONG_COMPLETION: dict[str, list[object]] = {
     "prompt": [None, 1, {}, [], "", [[]], ["a", 1], [1, "a"], [[1, "a"]], [-1], [99999], [10**30], [[1], [-1]],
                ["a", ""],
                "\ud800", ["\udc00"], "a" * 50_000, [1] * 50_000, ["a"] * 2000, [[[1]]], [1.5], [True, None]],
-    "logprobs": [*NO_COUNT, 21], "echo": NO_BOOL, "suffix": ["x"], "best_of": [1],
+    "logprobs": [*NO_COUNT, 21], "echo": NO_BOOL, "suffix": ["x"], "best_of": [2],
     "response_format": [{"type": "text"}],
 }  # fmt: skip
 WRONG_CHAT: dict[str, list[object]] = {

@@ -278,6 +278,9 @@ def test_bodies_that_are_too_large(server):
         assert "bytes" in message
 
 
+CHOICE = b'{"prompt": "a", "structured_outputs": {"choice": ['
+
+
 @pytest.mark.parametrize(
     ("path", "body", "told"),
     [
@@ -285,6 +288,8 @@ def test_bodies_that_are_too_large(server):
         ("completions", b'{"prompt": [' + b"[]," * 1_500_000 + b"[]]}", "prompt"),
         ("completions", b'{"prompt": "' + b"a " * 3_000_000 + b'"}', "maximum context length"),
         ("completions", b'{"prompt": "a", "bad_words": [' + b'"a",' * 1_500_000 + b'"a"]}', "bad_words"),
+        ("completions", CHOICE + b"1," * 3_000_000 + b"1]}}", "choice[0]"),
+        ("completions", CHOICE + b'"a",' * 1_500_000 + b'"a"]}}', "choice"),
         ("completions", b'{"prompt": "a", "stop": "' + b"a" * 5_000_000 + b'"}', "stop"),
         ("completions", b'{"prompt": "a"' + b"".join(b',"%d":1' % at for at in range(500_000)) + b"}", "entries"),
         ("chat/completions", b'{"messages": [' + b"1," * 3_000_000 + b"1]}", "messages[0]"),

@@ -66,6 +66,10 @@ def test_keys(llm):
             answer = server.http.get("/v1/models", headers={"authorization": f"Bearer {key}".encode("latin-1")})
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
+        schema = server.http.get("/openapi.json").json()
+        assert schema["components"]["securitySchemes"] == {"api_key": {"type": "http", "scheme": "bearer"}}
+        assert schema["paths"]["/tokenize"]["post"]["security"] == [{"api_key": []}]
+        assert "security" not in schema["paths"]["/health"]["get"]
         server.key = "third"
         with pytest.raises(openai.AuthenticationError):
             server.openai.completions.create(**{"model": "tiny", "prompt": "a"})

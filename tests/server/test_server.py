@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import httpx
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from minillm import SamplingParams, __version__
+from minillm.server.protocol import SAMPLING, ChatCompletionRequest, CompletionRequest, Message, SamplingFields
 from tests.server.conftest import running
 
 PROMPTS = ["Once upon a time", "Mia had a red kite.", "One sunny morning Tom"]
@@ -133,6 +135,22 @@ def test_a_prompt_can_be_scored_without_an_answer(server, reference):
         assert choice.text == PROMPTS[0]
         assert len(choice.logprobs.tokens) == len(expected.prompt_token_ids)
         assert choice.finish_reason == "length"
+
+
+def test_prompt_logprobs_are_llms(server, reference):
+    asked = {"model": "tiny", "max_tokens": 2, "n": 2, "extra_body": {"prompt_logprobs": 2}}
+    texts = generate(reference, PROMPTS, prompt_logprobs=2, max_tokens=2)
+    (chat,) = reference.chat(MESSAGES, SamplingParams(prompt_logprobs=2, max_tokens=2), use_tqdm=False)
+    completion = server.openai.completions.create(prompt=PROMPTS, **asked)
+    expected = [output.prompt_logprobs for output in [*texts, chat]]
+    found = [choice.prompt_logprobs for choice in completion.choices[::2]]
+    found.append(server.openai.chat.completions.create(messages=MESSAGES, **asked).prompt_logprobs)
+    for ours, llms in zip(found, expected, strict=True):
+        assert ours[0] is llms[0] is None
+        for one, other in zip(ours[1:], llms[1:], strict=True):
+            assert one == {str(t): pytest.approx(dataclasses.asdict(lp), abs=1e-4) for t, lp in other.items()}
+    echo = server.openai.completions.create(model="tiny", prompt=PROMPTS[0], logprobs=1, echo=True, max_tokens=1)
+    assert echo.choices[0].prompt_logprobs is None
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS])
@@ -283,6 +301,8 @@ def test_metrics_have_vllms_names_and_count(server):
 def test_the_openapi_page_is_right(server):
     schema = server.http.get("/openapi.json").json()
     answers = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert schema["openapi"] == "3.2.0"
+    assert "securitySchemes" not in schema["components"]
     assert "422" not in answers
     assert answers["200"]["content"].keys() == {"application/json", "text/event-stream"}
     assert answers["400"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
@@ -296,10 +316,11 @@ def test_answers_and_events_are_as_the_openapi_page_says(server):
 
     for path, asked, whole, piece in (
         ("completions", {"prompt": PROMPTS[:2], "n": 2, "logprobs": 2, "echo": True}, "Completion", "Completion"),
+        ("completions", {"prompt": PROMPTS[:2]}, "Completion", "Completion"),
         ("chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}, "ChatCompletion",
          "ChatCompletionChunk"),
     ):  # fmt: skip
-        check(whole, server.http.post(f"/v1/{path}", json=asked | {"max_tokens": 4}).json())
+        check(whole, server.http.post(f"/v1/{path}", json=asked | {"max_tokens": 4, "prompt_logprobs": 2}).json())
         stream = {"max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
         events = [line for line in server.http.post(f"/v1/{path}", json=asked | stream).text.split("\n") if line]
         assert events[-1] == "data: [DONE]"
@@ -307,15 +328,51 @@ def test_answers_and_events_are_as_the_openapi_page_says(server):
             check(piece, json.loads(event.removeprefix("data: ")))
 
 
-# --- what is refused
+# --- what is taken, and what is refused
+
+
+def test_no_field_of_sampling_is_dropped():
+    taken = {name for name, field in SamplingFields.model_fields.items() if field.annotation is not type(None)}
+    common = taken & {field.name for field in dataclasses.fields(SamplingParams)}
+    assert set(SAMPLING) == common - {"structured_outputs"}  # which response_format may give too
+    assert len(set(SAMPLING)) == len(SAMPLING)
+
+
+def test_what_asks_for_nothing_is_taken(server):
+    def nulls(model):
+        return {name: None for name, field in model.model_fields.items() if not field.is_required()}
+
+    message = nulls(Message) | MESSAGES[0]
+    plain = {"max_tokens": 2, "stream": True, "stream_options": {"continuous_usage_stats": False}}
+    for path, asked in (
+        ("v1/completions", nulls(CompletionRequest) | {"prompt": "a", "max_tokens": 2}),
+        ("v1/chat/completions", nulls(ChatCompletionRequest) | {"messages": [message], "max_tokens": 2}),
+        ("v1/completions", plain | {"prompt": "a", "best_of": 1, "suffix": ""}),
+        ("v1/chat/completions", plain | {"messages": MESSAGES, "echo": False, "add_special_tokens": False,
+                                         "modalities": ["text"], "service_tier": "auto", "store": False}),
+        ("tokenize", {"prompt": "a", "add_special_tokens": None, "return_token_strs": None}),
+        ("tokenize", {"messages": MESSAGES, "add_special_tokens": False, "return_token_strs": None}),
+    ):  # fmt: skip
+        answer = server.http.post(f"/{path}", json=asked)
+        assert answer.status_code == 200, (asked, answer.text)
 
 
 def test_what_cannot_be_is_refused_in_openais_form(server):
     text, chat = {"prompt": "a", "max_tokens": 2}, {"messages": MESSAGES, "max_tokens": 2}
     for path, asked, status, param, told in [
         ("completions", {}, 400, "prompt", "prompt"),
-        ("completions", text | {"suffix": "x"}, 400, "suffix", "not implemented"),
-        ("completions", text | {"best_of": 3}, 400, "best_of", "not implemented"),
+        ("completions", text | {"suffix": "x"}, 400, "suffix", "only '' is implemented"),
+        ("completions", text | {"best_of": 3}, 400, "best_of", "only 1 is implemented"),
+        ("completions", text | {"best_of": 1, "n": 2}, 400, None, "best_of"),
+        ("completions", text | {"use_beam_search": True}, 400, "use_beam_search", "not implemented"),
+        ("completions", text | {"prompt_logprobs": 1, "stream": True}, 400, None, "prompt_logprobs"),
+        ("chat/completions", chat | {"prompt_logprobs": 1, "stream": True}, 400, None, "prompt_logprobs"),
+        ("completions", text | {"prompt_logprobs": 1, "logprobs": 2, "echo": True}, 400, None, "prompt_logprobs"),
+        ("completions", text | {"prompt_logprobs": 21}, 400, "prompt_logprobs", "20"),
+        ("completions", text | {"prompt": [1], "add_special_tokens": True}, 400, None, "add_special_tokens"),
+        ("completions", text | {"prompt": [[1]], "add_special_tokens": False}, 400, None, "add_special_tokens"),
+        ("chat/completions", chat | {"add_special_tokens": True}, 400, "add_special_tokens", "only False"),
+        ("chat/completions", chat | {"modalities": ["audio"]}, 400, "modalities[0]", "only 'text'"),
         ("completions", text | {"surprise": 1}, 400, "surprise", "Unrecognized request argument supplied: surprise"),
         ("completions", text | {"\ud800": 1}, 400, None, "unicode"),
         ("completions", text | {"model": "gpt-4"}, 404, "model", "does not exist"),
