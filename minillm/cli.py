@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -53,17 +54,52 @@ def _show_version(on: bool) -> None:
         raise typer.Exit
 
 
+class SeveralValues(typer.core.TyperCommand):
+    """A command whose repeatable flags also take several values at once, as vLLM's: ``--api-key a b``.
+
+    A command with an argument takes them only when the argument comes first: in ``--api-key a b`` alone, ``b`` is it.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer, which knows only ``--api-key a --api-key b``."""
+        has_argument = any(parameter.param_type_name == "argument" for parameter in self.params)
+        if not has_argument or not args[:1] or not args[0].startswith("-"):
+            repeatable = [parameter for parameter in self.params if getattr(parameter, "multiple", False)]
+            args = _repeat_flags(args, {name for parameter in repeatable for name in parameter.opts})
+        return super().parse_args(ctx, args)
+
+
+def _repeat_flags(args: list[str], flags: set[str]) -> list[str]:
+    """The arguments, with ``--flag a --flag b`` for ``--flag a b``."""
+    repeated: list[str] = []
+    flag = ""
+    for arg in args:
+        if arg.startswith("-"):
+            flag = arg.partition("=")[0]
+        elif flag in flags and repeated[-1] != flag:
+            repeated.append(flag)
+        repeated.append(arg)
+    return repeated
+
+
 Model = Annotated[
     str,
     typer.Option("--model", "-m", help="A local folder or .gguf file, a hub id (org/name), or a short name."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-DtypeName = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, …")]
+DtypeName = Annotated[
+    str,
+    typer.Option("--dtype", help="auto (half precision where the device is fast at it), float32, bfloat16 or float16."),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="How many new tokens at most.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time; 1 samples as trained.")]
-TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(help="Sample from the fewest tokens whose probabilities sum to p.")]
-MinP = Annotated[float, typer.Option(help="Sample from tokens at least p times as likely as the likeliest.")]
+TEMPERATURE_HELP = "0 takes the likeliest token every time; 1 samples as trained."
+TOP_K_HELP = "Sample from the k likeliest tokens; 0: from all."
+TOP_P_HELP = "Sample from the fewest tokens whose probabilities sum to p."
+MIN_P_HELP = "Sample from tokens at least p times as likely as the likeliest."
+Temperature = Annotated[float, typer.Option(help=TEMPERATURE_HELP)]
+TopK = Annotated[int, typer.Option(help=TOP_K_HELP)]
+TopP = Annotated[float, typer.Option(help=TOP_P_HELP)]
+MinP = Annotated[float, typer.Option(help=MIN_P_HELP)]
 ApiKey = Annotated[str | None, typer.Option(help="The server's key (or in OPENAI_API_KEY).")]
 Seed = Annotated[int | None, typer.Option(help="Make the draws repeatable.")]
 Stats = Annotated[bool, typer.Option("--stats/--no-stats", help="A table of tokens, speed and memory at the end.")]
@@ -123,7 +159,7 @@ def chat(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Talk to a server like OpenAI's; top-k, top-p and min-p are as it has them, unless given."),
+        typer.Option(help="Talk to a server like OpenAI's. It is told of sampling only what is given here."),
     ] = None,
     api_key: ApiKey = None,
     quick: Annotated[str | None, typer.Option("--quick", "-q", help="Answer this one message and end.")] = None,
@@ -131,10 +167,12 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="How many new tokens at most (512; with --url as many as fit).")
     ] = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help=f"{TEMPERATURE_HELP} (0; with --url as the server has it)")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help=f"{TOP_K_HELP} (0; with --url as the server has it)")] = None,
+    top_p: Annotated[float | None, typer.Option(help=f"{TOP_P_HELP} (1; with --url as the server has it)")] = None,
+    min_p: Annotated[float | None, typer.Option(help=f"{MIN_P_HELP} (0; with --url as the server has it)")] = None,
     seed: Seed = None,
     dtype: DtypeName = "auto",
     device: Device = "auto",
@@ -145,11 +183,12 @@ def chat(
     writer: Writer | RemoteChat
     if url is not None:
         _only_here(dtype=dtype, device=device)
-        writer = _remote_chat(url, api_key, model, max_tokens, temperature, top_k, top_p, min_p, seed)
+        fields = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        writer = _remote_chat(url, api_key, model, fields | {"seed": seed})
     elif api_key is not None:
         raise ConfigError("--api-key is a server's: name the server by --url")
     else:
-        sampling = _sampling(temperature, top_k, top_p, min_p, seed)
+        sampling = _sampling(temperature or 0.0, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0, seed)
         writer = Writer.load(model or DEFAULT_MODEL, dtype, device, max_tokens or 512, sampling)
     conversation = [{"role": "system", "content": system_prompt}] if system_prompt else []
     if quick is not None:
@@ -236,15 +275,28 @@ OutputJson = Annotated[Path | None, typer.Option(help="Also write the results he
 Answers = Annotated[int, typer.Option("--n", min=1, help="Answers to a prompt.")]
 DisableDetokenize = Annotated[bool, typer.Option("--disable-detokenize", help="Make no text of the answers.")]
 BenchSeed = Annotated[int, typer.Option(help="Of the random prompts and draws.")]
-Quantization = Annotated[str | None, typer.Option(help="int8 or int4: weights in so many bits, on a CPU.")]
-MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt and its answer.")]
-MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Requests in a step.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Tokens in a step.")]
+Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round the weights to so many bits (CPU only).")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a prompt and its answer, at most (the model's context).")
+]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Requests in a step, at most.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Tokens in a step, at most.")]
 BlockSize = Annotated[int, typer.Option(min=1, help="Tokens of a block of keys and values.")]
-KvCacheMemoryBytes = Annotated[int | None, typer.Option(min=1, help="Memory for keys and values.")]
-PrefixCaching = Annotated[bool, typer.Option(help="Find the blocks of beginnings that were seen before.")]
-Attention = Annotated[str, typer.Option("--attention-backend", help="auto, numba, triton or reference.")]
-EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Record and compile nothing.")]
+KvCacheMemoryBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Bytes for keys and values (CPU: 1 GiB, or less where all requests of a step need less; GPU: what the "
+        "model leaves of the share to use).",
+    ),
+]
+PrefixCaching = Annotated[bool, typer.Option(help="Compute no beginning of a prompt again that another had.")]
+Attention = Annotated[
+    str, typer.Option("--attention-backend", help="auto, numba (CPU), triton (CUDA) or reference (anywhere).")
+]
+EnforceEager = Annotated[
+    bool, typer.Option("--enforce-eager", help="No CUDA graphs; on a CPU, no weights laid out anew.")
+]
 
 
 ENGINE_ARGUMENTS = (
@@ -340,16 +392,29 @@ def bench_latency(
 
 @bench.command(
     "serve",
-    epilog="As vllm bench serve. Examples:  minillm bench serve --request-rate 10   ·   "
-    "minillm bench serve --dataset-name trace --dataset-path traffic.csv --goodput ttft:500 tpot:50",
+    cls=SeveralValues,
+    epilog="Options, metrics and the table are vllm bench serve's, but for its peak of output tokens a second. Other "
+    "defaults than there:  --random-input-len 32 (1024), --num-warmups 1 (0), --percentile-metrics with e2el "
+    "(without).  Examples:  minillm bench serve --request-rate 10   ·   "
+    "minillm bench serve --backend vllm --model tiny --host 127.0.0.1 --port 8000 --num-prompts 100 --request-rate 5   "
+    "·   minillm bench serve --dataset-name trace --dataset-path traffic.csv --goodput ttft:500 tpot:50",
 )
 def bench_serve(
-    objectives: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME:MS", help="More of --goodput.", show_default=False)
+    backend: Annotated[
+        str | None,
+        typer.Option(help="openai or vllm: /v1/completions; openai-chat: /v1/chat/completions (openai)."),
     ] = None,
-    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    endpoint: Annotated[str, typer.Option(help="/v1/completions or /v1/chat/completions.")] = "/v1/completions",
-    model: Annotated[str | None, typer.Option("--model", "-m", help="As the server calls it (its first).")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="The server's URL, instead of --host and --port (http://127.0.0.1:8000).")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The server's name or address (127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The server's port (8000).")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="The path of completions or chat/completions (the backend's).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="As the server calls it (the first that it serves).")
+    ] = None,
     api_key: ApiKey = None,
     dataset_name: Annotated[str, typer.Option(help="random, or trace: recorded times and lengths.")] = "random",
     dataset_path: Annotated[
@@ -357,48 +422,63 @@ def bench_serve(
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts (1000, or the trace's).")] = None,
     random_input_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a random prompt (32).")] = None,
-    random_output_len: Annotated[int | None, typer.Option(min=1, help="New tokens for each (128).")] = None,
+    random_output_len: Annotated[int | None, typer.Option(min=1, help="New tokens for each prompt (128).")] = None,
     random_range_ratio: Annotated[
-        float | None, typer.Option(help="Lengths differ by up to this share of them, in [0, 1) (0).")
+        float | None, typer.Option(help="Random lengths differ by up to this share of them, in \\[0, 1) (0).")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Draw prompts from all token ids, not from some that the server tells.")
+        int | None,
+        typer.Option(min=1, help="Draw prompts from all token ids below it, not from some that the server tells."),
     ] = None,
     request_rate: Annotated[float | None, typer.Option(help="Requests a second (inf: all at once).")] = None,
     burstiness: Annotated[
-        float | None, typer.Option(help="1: a Poisson process (1); less: in bursts; more: regular.")
+        float | None, typer.Option(help="Of the arrivals: 1 is a Poisson process, less bursts, more regular (1).")
     ] = None,
-    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests on their way at a time.")] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests on their way at a time, at most; others wait (no limit).")
+    ] = None,
+    num_warmups: Annotated[
+        int, typer.Option(min=0, help="Short requests before the measurement, one after the other.")
+    ] = 1,
     seed: BenchSeed = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers of full length.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers go on to their full length.")] = False,
     goodput: Annotated[
-        list[str] | None, typer.Option(help="Objectives: ttft:MS, tpot:MS, e2el:MS, one after the other.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:MS ...",
+            help="Count the requests a second that keep to objectives in milliseconds: ttft:500 tpot:50 e2el:9000.",
+        ),
     ] = None,
-    percentile_metrics: Annotated[str, typer.Option(help="Which to show, with commas.")] = "ttft,tpot,itl,e2el",
+    percentile_metrics: Annotated[str, typer.Option(help="Which metrics to show, with commas.")] = "ttft,tpot,itl,e2el",
     metric_percentiles: Annotated[str, typer.Option(help="Which percentiles of each, with commas.")] = "99",
-    save_result: Annotated[bool, typer.Option("--save-result", help="Write a JSON file into this folder.")] = False,
-    output_json: OutputJson = None,
+    save_result: Annotated[
+        bool, typer.Option("--save-result", help="Also write the results, every request's times with them, as JSON.")
+    ] = False,
+    result_dir: Annotated[
+        Path | None, typer.Option(help="With --save-result: the folder, made if need be (the current one).")
+    ] = None,
+    result_filename: Annotated[
+        str | None, typer.Option(help="With --save-result: the file (named by backend, rate, model and time).")
+    ] = None,
+    output_json: Annotated[Path | None, typer.Option(help="As --save-result, into this file.")] = None,
     disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="No progress bar.")] = False,
     debug: Debug = False,
 ) -> None:
     """Latency and throughput of a running server, minillm's or any other like OpenAI's, under a load of requests."""
-    from minillm.bench.serve import Dataset, Shown, main
+    from minillm.bench.serve import Dataset, ResultFile, Shown, Target, main
 
-    if objectives and not goodput:
-        raise ConfigError(f"{objectives[0]!r} is no option: objectives follow --goodput")
     lengths = (random_input_len, random_output_len, random_range_ratio)
     main(
+        Target(backend, base_url, host, port, endpoint),
         Dataset(dataset_name, dataset_path, num_prompts, *lengths, request_rate, burstiness, seed),
-        Shown.parse(percentile_metrics, metric_percentiles, [*(goodput or []), *(objectives or [])]),
-        base_url=base_url,
-        endpoint=endpoint,
+        Shown.parse(percentile_metrics, metric_percentiles, goodput or []),
+        ResultFile(save_result, result_dir, result_filename, output_json),
         model=model,
         api_key=api_key,
         vocab_size=vocab_size,
         max_concurrency=max_concurrency,
+        num_warmups=num_warmups,
         ignore_eos=ignore_eos,
-        output_json=output_json,
-        save_result=save_result,
         disable_tqdm=disable_tqdm,
     )
 
@@ -435,18 +515,36 @@ def bench_compare(
     )
 
 
-@app.command(epilog="As vllm serve. Examples:  minillm serve   ·   minillm serve Qwen/Qwen3-0.6B --max-model-len 4096")
+@app.command(
+    cls=SeveralValues,
+    epilog="Flags that vllm serve has too mean the same. Examples:  minillm serve   ·   "
+    "minillm serve Qwen/Qwen3-0.6B --max-model-len 4096   ·   minillm serve tiny --served-model-name tiny small",
+)
 def serve(
     model: Annotated[str, typer.Argument(help="A local folder or .gguf file, a hub id, or a short name.")] = "tiny",
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: on all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0: on all, so that others can reach it.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME ...",
+            help="What clients call the model, and the first is what answers say (MODEL). Several: after MODEL, or "
+            "the flag again for each.",
+        ),
     ] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="A key that clients must send.")
+        list[str] | None,
+        typer.Option(
+            envvar="MINILLM_API_KEY",
+            metavar="KEY ...",
+            help="Keys, one of which clients must send (none is asked for). Several: as names.",
+        ),
     ] = None,
-    chat_template: Annotated[str | None, typer.Option(help="Instead of the model's: a file, or the template.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or the template itself, instead of the model's.")
+    ] = None,
     trust_request_chat_template: Annotated[
         bool,
         typer.Option(
@@ -455,13 +553,20 @@ def serve(
             "and, on Linux, 1 GiB; four at a time, so clients can keep four cores busy.",
         ),
     ] = False,
-    max_unfinished_requests: Annotated[int, typer.Option(min=1, help="Answers waited for; more get 429.")] = 1024,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests have after SIGTERM.")] = 30.0,
+    max_unfinished_requests: Annotated[
+        int, typer.Option(min=1, help="Unfinished answers at a time; what is beyond gets 429.")
+    ] = 1024,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="What running requests have to end after Ctrl-C or SIGTERM.")
+    ] = 30.0,
     dtype: DtypeName = "auto",
     quantization: Quantization = None,
-    seed: Annotated[int, typer.Option(help="Of the draws of requests without a seed.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws of requests that bring no seed.")] = 0,
     device: Device = "auto",
-    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of a GPU's memory to use.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(help="Share of a GPU's memory to use in all (0.92). It decides nothing on a CPU."),
+    ] = None,
     kv_cache_memory_bytes: KvCacheMemoryBytes = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 256,
@@ -470,10 +575,12 @@ def serve(
     enable_prefix_caching: PrefixCaching = True,
     attention_backend: Attention = "auto",
     enforce_eager: EnforceEager = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Taken; nothing needs it.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Accepted; no code from a model is ever executed.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM ends it when running requests are done."""
+    """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM lets running requests end; a second stops."""
     engine, _ = _engine_arguments(locals())
     from minillm.server.serve import check_port, read_chat_template
     from minillm.server.serve import serve as run_server
@@ -597,24 +704,12 @@ def _only_here(**options: str) -> None:
             raise ConfigError(f"--{name} is for a model that is loaded here: with --url the server has chosen it")
 
 
-def _remote_chat(
-    url: str,
-    api_key: str | None,
-    model: str | None,
-    max_tokens: int | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | None,
-) -> RemoteChat:
-    """A model on a server. What is left as it is goes unsaid: not every server knows every field."""
+def _remote_chat(url: str, api_key: str | None, model: str | None, fields: dict[str, float | None]) -> RemoteChat:
+    """A model on a server. A field that is None goes unsaid: not every server knows every field."""
     from minillm.client import Endpoint, RemoteChat
 
-    sampling = {"top_k": top_k or None, "top_p": None if top_p == 1 else top_p, "min_p": min_p or None, "seed": seed}
-    fields = {"max_tokens": max_tokens, "temperature": temperature, **sampling}
-    chosen = {name: value for name, value in fields.items() if value is not None}
-    return RemoteChat(Endpoint(url, api_key), model, chosen)
+    given = {name: value for name, value in fields.items() if value is not None}
+    return RemoteChat(Endpoint(url, api_key), model, given)
 
 
 def _answer(writer: Writer | RemoteChat, conversation: list[dict[str, str]], stats: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from minillm import LLM
+from minillm import LLM, cli
 from tests.server.conftest import SMALL, running
 
 STORY = "Tell me a story about Mia and a red kite."
@@ -36,7 +37,7 @@ def _environment(monkeypatch):
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-u", "-m", "minillm", "chat", *map(str, arguments)]
+    return [sys.executable, "-u", "-m", "minillm", "chat", "--temperature", "0", *map(str, arguments)]
 
 
 def chat(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
@@ -72,6 +73,35 @@ def test_the_sampling_options_are_passed_on(server):
     assert (
         done.stdout == says(server, STORY, model="small", **params) + "\n" != says(server, STORY, max_tokens=25) + "\n"
     )
+
+
+PIECE = b'data: {"choices": [{"delta": {"content": "Once"}}]}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [
+        ((), {}),
+        (
+            ("--temperature", "0", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--seed", "0"),
+            {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0},
+        ),
+    ],
+)
+def test_what_is_not_given_goes_unsaid_and_all_that_is_given_is_said(monkeypatch, capsys, typed, sent):
+    asked = []
+    with saying(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + PIECE, asked) as url:
+        monkeypatch.setattr("sys.argv", ["minillm", "chat", "--url", url, "-m", "m", "-q", STORY, *typed])
+        assert cli.run(cli.app) == 0
+    assert capsys.readouterr().out == "Once\n"
+    talk = [{"role": "user", "content": STORY}]
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    assert [json.loads(body) for body in asked] == [{"model": "m", "messages": talk} | stream | sent]
+
+
+def test_the_likeliest_of_all_tokens_can_be_asked_for(server):
+    neutral = ("--top-k", 0, "--top-p", 1, "--min-p", 0)
+    assert chat("--url", server.url, "-q", STORY, *neutral).stdout == says(server, STORY) + "\n"
 
 
 def test_it_remembers_the_conversation_and_ends_at_exit(server):
@@ -157,12 +187,14 @@ def test_a_key_is_a_servers(server, monkeypatch):
 
 
 @contextlib.contextmanager
-def saying(answer: bytes) -> Iterator[str]:
-    """A server that says this to every request, and hangs up."""
+def saying(answer: bytes, asked: list[bytes] | None = None) -> Iterator[str]:
+    """A server that says this to every request, and hangs up; it appends what was posted to `asked`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if asked is not None:
+                asked.append(body)
             self.wfile.write(answer)
 
         def log_message(self, *_):

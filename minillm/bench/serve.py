@@ -33,12 +33,15 @@ from minillm.bench.traffic import (
     random_requests,
     trace_requests,
 )
-from minillm.client import COMPLETIONS, STREAM, Endpoint, Event, async_events
+from minillm.client import CHAT_COMPLETIONS, COMPLETIONS, STREAM, Endpoint, Event, async_events
 from minillm.errors import ConfigError, InvalidRequestError, ServerError
 
 __all__ = ["Interrupted", "Load", "Measurement", "ServeResult", "TimedRequest", "measure", "poisson"]
 
 DEFAULT_NUM_PROMPTS, DEFAULT_INPUT_LEN, DEFAULT_OUTPUT_LEN = 1000, 32, 128
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+BACKENDS = {"openai": COMPLETIONS, "vllm": COMPLETIONS, "openai-chat": CHAT_COMPLETIONS}
+"""vLLM's names of what is asked how, and the paths."""
 WARM_UP_TOKENS = 8
 SHOWN_ERRORS = 5
 
@@ -51,6 +54,7 @@ class Load:
         endpoint: a path that ends in ``completions``; in ``chat/completions``: prompts are texts.
         model: as the server calls it; the first that it serves when None.
         max_concurrency: requests on their way at the same time; others wait here, and their clock with them.
+        num_warmups: short requests that go before, one after the other, unmeasured.
         ignore_eos: answers go on to their full length: a field that vLLM's and minillm's servers know.
         api_key: the environment's OPENAI_API_KEY when None.
 
@@ -63,6 +67,7 @@ class Load:
     model: str | None = None
     requests: Sequence[TimedRequest]
     max_concurrency: int | None = None
+    num_warmups: int = 1
     ignore_eos: bool = False
     api_key: str | None = None
 
@@ -71,6 +76,8 @@ class Load:
             raise ConfigError(f"the endpoint must be /v1/completions or /v1/chat/completions, not {self.endpoint!r}")
         if self.max_concurrency is not None and self.max_concurrency < 1:
             raise ConfigError(f"max_concurrency must be at least 1, not {self.max_concurrency}")
+        if self.num_warmups < 0:
+            raise ConfigError(f"num_warmups must be at least 0, not {self.num_warmups}")
         if not self.requests:
             raise InvalidRequestError("there are no requests to send")
         if not all(math.isfinite(request.at_s) for request in self.requests):
@@ -108,12 +115,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def measure(load: Load, *, use_tqdm: bool = False) -> ServeResult:
-    """Send a load and wait until all is answered or has failed; one short request goes before, unmeasured.
+    """Send a load and wait until all is answered or has failed; warm-ups go before, unmeasured.
 
     It runs in a thread of its own, so that it can be called where an event loop runs, as in notebooks.
 
     Raises:
-        ServerError: the server cannot be reached, or refuses the first request.
+        ServerError: the server cannot be reached, or refuses a warm-up.
         Interrupted: Ctrl-C; it holds what was measured.
     """
     measurement = Measurement(load, use_tqdm=use_tqdm)
@@ -167,7 +174,7 @@ class Measurement:
         """Send all, and wait for the answers.
 
         Raises:
-            ServerError: the server cannot be reached, or refuses the first request.
+            ServerError: the server cannot be reached, or refuses a warm-up.
         """
         async with httpx.AsyncClient(**self._endpoint.client_options, transport=self._transport) as client:
             await self._warm_up(client)
@@ -181,10 +188,11 @@ class Measurement:
         return self._clock() - self._start
 
     async def _warm_up(self, client: httpx.AsyncClient) -> None:
-        """A short request, backwards: the server shall not remember the beginning of one that is measured."""
+        """Short requests, backwards: the server shall not remember the beginning of one that is measured."""
         request = min(self._load.requests, key=lambda one: len(one.prompt_ids) + one.max_tokens)
         short = TimedRequest(0.0, request.prompt_ids[::-1], min(request.max_tokens, WARM_UP_TOKENS))
-        await self._answer(client, short, Record(0.0))
+        for _ in range(self._load.num_warmups):
+            await self._answer(client, short, Record(0.0))
 
     async def _send_all(self, client: httpx.AsyncClient) -> None:
         limit = self._load.max_concurrency
@@ -282,6 +290,100 @@ def _number(text: str) -> float:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where the load goes, as typed; None where nothing was.
+
+    Attributes:
+        backend: of `BACKENDS`.
+        base_url: instead of host and port.
+        path: the backend's when None.
+
+    Raises:
+        ConfigError: options that contradict each other.
+    """
+
+    backend: str | None
+    base_url: str | None
+    host: str | None
+    port: int | None
+    path: str | None
+
+    def __post_init__(self) -> None:
+        if self.base_url is not None and (self.host is not None or self.port is not None):
+            raise ConfigError("--base-url holds host and port: leave it out, or --host and --port")
+        if self.backend is None:
+            return
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"--backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        if self.path is not None and is_chat(self.path) != is_chat(BACKENDS[self.backend]):
+            raise ConfigError(f"--backend {self.backend} asks {BACKENDS[self.backend]}, not {self.path}: leave one out")
+
+    @property
+    def url(self) -> str:
+        """The server's."""
+        if self.base_url is not None:
+            return self.base_url
+        host = DEFAULT_HOST if self.host is None else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port or DEFAULT_PORT}"
+
+    @property
+    def endpoint(self) -> str:
+        """The path of what is asked."""
+        return BACKENDS[self.backend or "openai"] if self.path is None else self.path
+
+    @property
+    def label(self) -> str:
+        """The backend's name."""
+        return self.backend or ("openai-chat" if is_chat(self.endpoint) else "openai")
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """Whether and where a result is saved, as typed; None where nothing was.
+
+    Attributes:
+        save: write a file; its name tells what was measured, where `name` is None.
+        folder: made if need be; the current one when None.
+        output_json: the file's path, instead of the others.
+
+    Raises:
+        ConfigError: options that contradict each other, or a file that cannot be written.
+    """
+
+    save: bool
+    folder: Path | None
+    name: str | None
+    output_json: Path | None
+
+    def __post_init__(self) -> None:
+        is_placed = self.folder is not None or self.name is not None
+        if is_placed and not self.save:
+            raise ConfigError("--result-dir and --result-filename are for --save-result: give it too")
+        if is_placed and self.output_json is not None:
+            raise ConfigError("--output-json is a path: leave it out, or --result-dir and --result-filename")
+        check_writable(self.output_json)
+
+    def path(self, target: Target, load: Load, model: str) -> Path | None:
+        """The file, in a folder that exists; None: save nothing. The name is as vLLM's where none was typed.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        if self.output_json is not None or not self.save:
+            return self.output_json
+        limit = "" if load.max_concurrency is None else f"-concurrency{load.max_concurrency}"
+        what = f"{target.label}-{load.request_rate:g}qps{limit}-{Path(model).name}"
+        path = (self.folder or Path()) / (self.name or f"{what}-{datetime.now():%Y%m%d-%H%M%S}.json")
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--result-dir {self.folder} cannot be made: {error.strerror or error}") from error
+        check_writable(path)
+        return path
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Where requests come from, as typed; None where nothing was.
 
@@ -329,45 +431,42 @@ class Dataset:
 
 
 def main(
+    target: Target,
     dataset: Dataset,
     shown: Shown,
+    file: ResultFile,
     *,
-    base_url: str,
-    endpoint: str,
     model: str | None,
     api_key: str | None,
     vocab_size: int | None,
     max_concurrency: int | None,
+    num_warmups: int,
     ignore_eos: bool,
-    output_json: Path | None,
-    save_result: bool,
     disable_tqdm: bool,
 ) -> None:
     """Measure, print, and save; after Ctrl-C what was measured until then.
 
     Args:
         vocab_size: prompts are of token ids below it; when None, of ids that the server tells.
-        save_result: write a file, of a name that tells what was measured, where `output_json` names none.
 
     Raises:
         ConfigError, InvalidRequestError: options that contradict each other, or that no request can be made of.
-        ServerError: the server cannot be reached, refuses the first request, or answers none.
+        ServerError: the server cannot be reached, refuses a warm-up, or answers none.
         Interrupted: Ctrl-C.
     """
-    check_writable(output_json)
-    server = Endpoint(base_url, api_key)
+    server = Endpoint(target.url, api_key)
     name = server.models()[0] if model is None else model
     load = Load(
-        base_url=base_url,
-        endpoint=endpoint,
+        base_url=target.url,
+        endpoint=target.endpoint,
         model=name,
-        requests=dataset.requests(_tokens(server, endpoint, name, vocab_size)),
+        requests=dataset.requests(_tokens(server, target.endpoint, name, vocab_size)),
         max_concurrency=max_concurrency,
+        num_warmups=num_warmups,
         ignore_eos=ignore_eos,
         api_key=api_key,
     )
-    if output_json is None and save_result:
-        output_json = _file_name(load, name)
+    output_json = file.path(target, load, name)
     try:
         result = measure(load, use_tqdm=not disable_tqdm)
     except Interrupted as interrupted:
@@ -375,7 +474,7 @@ def main(
         raise
     _report(result, shown, output_json)
     if not result.num_completed:
-        raise ServerError(f"{base_url} answered none of {result.num_failed} requests: {result.errors[0]}")
+        raise ServerError(f"{target.url} answered none of {result.num_failed} requests: {result.errors[0]}")
 
 
 def _tokens(server: Endpoint, path: str, model: str, vocab_size: int | None) -> Sequence[int] | Sequence[str]:
@@ -396,12 +495,6 @@ def _tokens(server: Endpoint, path: str, model: str, vocab_size: int | None) -> 
         soft_wrap=True,
     )
     return WORDS
-
-
-def _file_name(load: Load, model: str) -> Path:
-    """As vLLM names it."""
-    limit = "" if load.max_concurrency is None else f"-concurrency{load.max_concurrency}"
-    return Path(f"openai-{load.request_rate:g}qps{limit}-{Path(model).name}-{datetime.now():%Y%m%d-%H%M%S}.json")
 
 
 def _report(result: ServeResult, shown: Shown, output_json: Path | None) -> None:

@@ -22,7 +22,16 @@ import numpy as np
 import pytest
 
 from minillm import cli
-from minillm.bench.serve import Interrupted, Load, Measurement, ServeResult, TimedRequest, measure, poisson
+from minillm.bench.serve import (
+    Interrupted,
+    Load,
+    Measurement,
+    ServeResult,
+    Target,
+    TimedRequest,
+    measure,
+    poisson,
+)
 from minillm.bench.serving import Record
 from minillm.bench.traffic import WORDS, arrival_times, random_requests, trace_requests
 from minillm.client import Endpoint
@@ -76,14 +85,16 @@ class Stream(httpx.AsyncByteStream):
 
 @dataclass
 class ScriptedServer(httpx.AsyncBaseTransport):
-    """Answers the warm-up at once, and then by the scripts, in turn."""
+    """Answers warm-ups at once, and then by the scripts, in turn."""
 
     scripts: list[Script]
+    num_warmups: int
     asked: list[dict] = field(default_factory=list)
 
     async def handle_async_request(self, request):
         self.asked.append(json.loads(await request.aread()))
-        script = answer([0.0]) if len(self.asked) == 1 else self.scripts[len(self.asked) - 2]
+        measured = len(self.asked) - 1 - self.num_warmups
+        script = answer([0.0]) if measured < 0 else self.scripts[measured]
         headers = {"content-type": script.content_type}
         return httpx.Response(script.status, headers=headers, stream=Stream(script), request=request)
 
@@ -105,8 +116,8 @@ def answer(waits, prompt=3, new=None) -> Script:
 
 def virtually(scripts, requests, **options) -> tuple[ServeResult, list[dict]]:
     """The result, and what was asked; the warm-up first."""
-    server = ScriptedServer(scripts)
     load = Load(**{"model": "m", "requests": requests} | options)
+    server = ScriptedServer(scripts, load.num_warmups)
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         measurement = Measurement(load, clock=runner.get_loop().time, transport=server)
         runner.run(measurement.run())
@@ -495,6 +506,41 @@ def test_a_trace_by_command_and_a_saved_result(server, bench, tmp_path, capsys, 
     assert content["output_lens"] == [3, 0, 4]
 
 
+@pytest.mark.parametrize(("backend", "path"), [("vllm", "completions"), ("openai-chat", "chat/completions")])
+def test_vllms_usual_line(server, bench, tmp_path, monkeypatch, backend, path):
+    asked = []
+    body = Load.body
+    monkeypatch.setattr(Load, "body", lambda load, *about: asked.append(load.endpoint) or body(load, *about))
+    where = ("--backend", backend, "--model", "tiny", "--host", "127.0.0.1", "--port", server.config.port)
+    saved = ("--save-result", "--result-dir", tmp_path / "a" / "b", "--result-filename", "out.json")
+    options = ("--num-prompts", 3, "--request-rate", 100, "--num-warmups", 2, "--random-output-len", 3)
+    assert bench(*where, *options, *saved) == 0
+    content = json.loads((tmp_path / "a" / "b" / "out.json").read_text())
+    assert (content["completed"], content["failed"], content["model_id"]) == (3, 0, "tiny")
+    assert asked == [f"/v1/{path}"] * (2 + 3)
+
+
+def test_where_a_load_goes():
+    nothing = Target(None, None, None, None, None)
+    assert (nothing.url, nothing.endpoint, nothing.label) == ("http://127.0.0.1:8000", "/v1/completions", "openai")
+    assert Target(None, None, "::1", 81, None).url == "http://[::1]:81"
+    assert Target(None, None, None, None, "/v1/chat/completions").label == "openai-chat"
+    assert Target("vllm", None, None, None, "/proxy/completions").endpoint == "/proxy/completions"
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_warm_ups_are_not_measured(num):
+    found, asked = virtually([answer([0.25])], at(0.0), num_warmups=num)
+    assert [one.ttft_s for one in found.records] == [0.25]
+    assert len(asked) == num + 1
+    assert [one["prompt"] for one in asked] == [[3, 2, 1]] * num + [[1, 2, 3]]
+
+
+def test_warm_ups_are_counted():
+    with pytest.raises(ConfigError, match="num_warmups must be at least 0, not -1"):
+        Load(requests=at(0.0), num_warmups=-1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -505,7 +551,17 @@ def test_a_trace_by_command_and_a_saved_result(server, bench, tmp_path, capsys, 
         (("--dataset-name", "trace", "--dataset-path", "x.csv"), "cannot be read"),
         (("--goodput", "itl:3"), "ttft:500 tpot:50"),
         (("--goodput", "ttft"), "ttft:500 tpot:50"),
-        (("ttft:3",), "objectives follow --goodput"),
+        (("--port", 8000), "leave it out, or --host and --port"),
+        (("--host", "::1"), "leave it out, or --host and --port"),
+        (("--backend", "tgi"), "openai, vllm, openai-chat"),
+        (("--backend", "vllm", "--endpoint", "/v1/chat/completions"), "leave one out"),
+        (("--backend", "openai-chat", "--endpoint", "/v1/completions"), "leave one out"),
+        (("--backend", "openai-chat", "--vocab-size", 9), "a chat takes texts"),
+        (("--result-dir", "x"), "for --save-result"),
+        (("--result-filename", "x.json"), "for --save-result"),
+        (("--save-result", "--result-dir", "x", "--output-json", "y.json"), "--output-json is a path"),
+        (("--save-result", "--result-filename", "no/such/folder/out.json"), "a folder that exists"),
+        (("--save-result", "--result-dir", "README.md"), "cannot be made"),
         (("--percentile-metrics", "ttft,latency"), "not 'latency'"),
         (("--metric-percentiles", "50,x"), "from 0 to 100"),
         (("--request-rate", 0), "above 0"),
