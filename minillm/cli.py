@@ -287,15 +287,17 @@ KvCacheMemoryBytes = Annotated[
     typer.Option(
         min=1,
         help="Bytes for keys and values (CPU: 1 GiB, or less where all requests of a step need less; GPU: what the "
-        "model leaves of the share to use).",
+        "model leaves of the share of its memory to use).",
     ),
 ]
-PrefixCaching = Annotated[bool, typer.Option(help="Compute no beginning of a prompt again that another had.")]
+PrefixCaching = Annotated[
+    bool, typer.Option(help="Do not compute a prompt's beginning again that an earlier prompt had.")
+]
 Attention = Annotated[
     str, typer.Option("--attention-backend", help="auto, numba (CPU), triton (CUDA) or reference (anywhere).")
 ]
 EnforceEager = Annotated[
-    bool, typer.Option("--enforce-eager", help="No CUDA graphs; on a CPU, no weights laid out anew.")
+    bool, typer.Option("--enforce-eager", help="No CUDA graphs; on a CPU, weights are not laid out for its products.")
 ]
 
 
@@ -393,8 +395,8 @@ def bench_latency(
 @bench.command(
     "serve",
     cls=SeveralValues,
-    epilog="Options, metrics and the table are vllm bench serve's, but for its peak of output tokens a second. Other "
-    "defaults than there:  --random-input-len 32 (1024), --num-warmups 1 (0), --percentile-metrics with e2el "
+    epilog="Options that vllm bench serve has too mean the same, and the table is its, without the peak throughput. "
+    "Other defaults than there:  --random-input-len 32 (1024), --num-warmups 1 (0), --percentile-metrics with e2el "
     "(without).  Examples:  minillm bench serve --request-rate 10   ·   "
     "minillm bench serve --backend vllm --model tiny --host 127.0.0.1 --port 8000 --num-prompts 100 --request-rate 5   "
     "·   minillm bench serve --dataset-name trace --dataset-path traffic.csv --goodput ttft:500 tpot:50",
@@ -424,7 +426,7 @@ def bench_serve(
     random_input_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a random prompt (32).")] = None,
     random_output_len: Annotated[int | None, typer.Option(min=1, help="New tokens for each prompt (128).")] = None,
     random_range_ratio: Annotated[
-        float | None, typer.Option(help="Random lengths differ by up to this share of them, in \\[0, 1) (0).")
+        float | None, typer.Option(help="Random lengths differ by up to this share of them, in [0, 1) (0).")
     ] = None,
     vocab_size: Annotated[
         int | None,
@@ -440,7 +442,7 @@ def bench_serve(
     num_warmups: Annotated[
         int, typer.Option(min=0, help="Short requests before the measurement, one after the other.")
     ] = 1,
-    seed: BenchSeed = 0,
+    seed: Annotated[int, typer.Option(help="Of the random prompts, lengths and times.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers go on to their full length.")] = False,
     goodput: Annotated[
         list[str] | None,
@@ -539,7 +541,8 @@ def serve(
         typer.Option(
             envvar="MINILLM_API_KEY",
             metavar="KEY ...",
-            help="Keys, one of which clients must send (none is asked for). Several: as names.",
+            help="Keys, one of which clients must send (none is asked for). Several: after MODEL, or the flag again "
+            "for each.",
         ),
     ] = None,
     chat_template: Annotated[

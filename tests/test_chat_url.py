@@ -130,13 +130,17 @@ def test_ctrl_c_stops_the_answer_here_and_there_and_not_the_session(server, monk
     monkeypatch.setattr(server.llm.engine, "step", slowly)
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     arguments = command("--url", server.url, "--stats")
-    process = subprocess.Popen(arguments, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    # No buffer here: communicate would not see what lies in it.
+    process = subprocess.Popen(
+        arguments, bufsize=0, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     process.stdin.write(STORY.encode() + b"\n")
     process.stdin.flush()
-    process.stdout.read(30)  # it writes
+    out = b""
+    while len(out) < 30:  # it writes
+        out += process.stdout.read(1)
     assert server.num_held > 0
     process.send_signal(signal.SIGINT)
-    out = b""
     while b"[stopped]" not in out:
         out += process.stdout.read(1)
     assert server.until(lambda: server.num_held == 0 and server.service.engine.num_unfinished == 0)

@@ -88,7 +88,7 @@ class ScriptedServer(httpx.AsyncBaseTransport):
     """Answers warm-ups at once, and then by the scripts, in turn."""
 
     scripts: list[Script]
-    num_warmups: int
+    num_warmups: int = 1
     asked: list[dict] = field(default_factory=list)
 
     async def handle_async_request(self, request):
@@ -511,7 +511,7 @@ def test_vllms_usual_line(server, bench, tmp_path, monkeypatch, backend, path):
     asked = []
     body = Load.body
     monkeypatch.setattr(Load, "body", lambda load, *about: asked.append(load.endpoint) or body(load, *about))
-    where = ("--backend", backend, "--model", "tiny", "--host", "127.0.0.1", "--port", server.config.port)
+    where = ("--backend", backend, "--model", "tiny", "--host", "127.0.0.1", "--port", httpx.URL(server.url).port)
     saved = ("--save-result", "--result-dir", tmp_path / "a" / "b", "--result-filename", "out.json")
     options = ("--num-prompts", 3, "--request-rate", 100, "--num-warmups", 2, "--random-output-len", 3)
     assert bench(*where, *options, *saved) == 0

@@ -12,6 +12,7 @@ import minillm.llm
 import minillm.server.serve
 from minillm import cli
 
+SIGNATURE = inspect.signature(minillm.llm.LLM)
 ENGINE_FLAGS = [
     ("--max-model-len 128", {"max_model_len": 128}),
     ("--max-num-seqs 3", {"max_num_seqs": 3}),
@@ -51,13 +52,12 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        signature = inspect.signature(minillm.llm.LLM)
         served = object()
         recorder = self
 
         class FakeLLM:
             def __init__(self, *args: Any, **options: Any) -> None:
-                recorder.engine = signature.bind(*args, **options).arguments
+                recorder.engine = SIGNATURE.bind(*args, **options).arguments
                 assert "unknown" not in recorder.engine
 
             def __enter__(self) -> object:
@@ -93,9 +93,8 @@ def free_port() -> int:
 
 def test_without_flags_all_is_as_llm_and_the_server_have_it(recorder, free_port):
     assert recorder.run("--port", free_port) == 3
-    defaults = {name: one.default for name, one in inspect.signature(minillm.LLM.__init__).parameters.items()}
     assert recorder.engine.pop("model") == "tiny"
-    assert recorder.engine == {name: defaults[name] for name in recorder.engine}
+    assert recorder.engine == {name: SIGNATURE.parameters[name].default for name in recorder.engine}
     assert recorder.where == {"host": "127.0.0.1", "port": free_port, "drain_seconds": 30.0}
     assert recorder.config["served_names"] == ["tiny"]
     assert recorder.config["api_keys"] == []
