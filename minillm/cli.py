@@ -481,7 +481,7 @@ def serve(
     from minillm.server.serve import serve as run_server
     from minillm.server.service import ServerConfig
 
-    if math.isnan(drain_seconds):
+    if math.isnan(drain_seconds):  # older typer takes it for no less than 0
         raise ConfigError("--drain-seconds must be a number of seconds, not nan")
     check_port(host, port)
     template = None if chat_template is None else read_chat_template(chat_template)
