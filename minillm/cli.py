@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import sys
 import time
@@ -539,10 +540,9 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="MINILLM_API_KEY",
             metavar="KEY ...",
             help="Keys, one of which clients must send (none is asked for). Several: after MODEL, or the flag again "
-            "for each.",
+            "for each; or one in MINILLM_API_KEY.",
         ),
     ] = None,
     chat_template: Annotated[
@@ -553,7 +553,7 @@ def serve(
         typer.Option(
             "--trust-request-chat-template",
             help="Let requests bring a template. It is rendered in Jinja's sandbox, in a process that has 5 seconds "
-            "and, on Linux, 1 GiB; four at a time, so clients can keep four cores busy.",
+            "and, on Linux, 1 GiB; four at a time (more get 429), so clients can keep four cores busy.",
         ),
     ] = False,
     max_unfinished_requests: Annotated[
@@ -589,13 +589,15 @@ def serve(
     from minillm.server.serve import serve as run_server
     from minillm.server.service import ServerConfig
 
+    if math.isnan(drain_seconds):  # older typer takes it for no less than 0
+        raise ConfigError("--drain-seconds must be a number of seconds, not nan")
     check_port(host, port)
     template = None if chat_template is None else read_chat_template(chat_template)
     config = ServerConfig(
         model,
         served_model_name or [model],
         template,
-        api_key or [],
+        api_key or _key_of_environment(),
         max_unfinished_requests,
         trust_request_chat_template,
     )
@@ -605,6 +607,12 @@ def serve(
     with LLM(**arguments) as llm:
         status = run_server(llm, config, host=host, port=port, drain_seconds=drain_seconds)
     raise typer.Exit(status)
+
+
+def _key_of_environment() -> list[str]:
+    """The variable as it is, blank too: typer would cut it at spaces, and take a blank one for none."""
+    key = os.environ.get("MINILLM_API_KEY")
+    return [] if key is None else [key]
 
 
 @dataclass

@@ -25,6 +25,8 @@ except ImportError as error:
     raise MissingExtraError("talking to a server", "serve") from error
 
 CONNECT_SECONDS = 10
+REPLY_SECONDS = 60
+"""For what is no answer of a model, and should come at once."""
 COMPLETIONS = "/v1/completions"
 CHAT_COMPLETIONS = "/v1/chat/completions"
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -78,10 +80,10 @@ class Endpoint:
         """The names of what it serves.
 
         Raises:
-            ServerError: it cannot be reached, refuses, or serves nothing.
+            ServerError: it cannot be reached, says nothing, refuses, or serves nothing.
         """
         with _what_goes_wrong(self.url), httpx.Client(**self.client_options) as client:
-            response = client.get("/v1/models")
+            response = client.get("/v1/models", timeout=_reply_timeout())
             _check(response)
             try:
                 names = [str(card["id"]) for card in response.json()["data"]]
@@ -95,11 +97,11 @@ class Endpoint:
         """The token ids of a text, without special ones; None where the server has no ``/tokenize`` as vLLM's.
 
         Raises:
-            ServerError: it cannot be reached.
+            ServerError: it cannot be reached, or says nothing.
         """
         asked = {"model": model, "prompt": text, "add_special_tokens": False}
         with _what_goes_wrong(self.url), httpx.Client(**self.client_options) as client:
-            response = client.post("/tokenize", json=asked)
+            response = client.post("/tokenize", json=asked, timeout=_reply_timeout())
         if response.is_error:
             return None
         try:
@@ -146,8 +148,14 @@ def _what_goes_wrong(url: str) -> Iterator[None]:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ServerError(f"{url} cannot be reached ({_text(error)}): is the server running?") from error
+    except httpx.TimeoutException as error:
+        raise ServerError(f"{url} has said nothing for {REPLY_SECONDS:g} seconds: is the server stuck?") from error
     except httpx.HTTPError as error:
         raise ServerError(f"{url} broke off: {_text(error)}") from error
+
+
+def _reply_timeout() -> httpx.Timeout:
+    return httpx.Timeout(REPLY_SECONDS, connect=CONNECT_SECONDS)
 
 
 def _text(error: Exception) -> str:

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from minillm import LLM, cli
+from minillm import LLM, cli, client
+from minillm.errors import ServerError
 from tests.server.conftest import SMALL, running
 
 STORY = "Tell me a story about Mia and a red kite."
@@ -208,6 +210,17 @@ def saying(answer: bytes, asked: list[bytes] | None = None) -> Iterator[str]:
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda at: at.models(), lambda at: at.tokenize("Leo", "m")], ids=["models", "tokenize"]
+)
+def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch, ask):
+    monkeypatch.setattr(client, "REPLY_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ServerError, match="has said nothing for"):
+            ask(client.Endpoint(url))
 
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"

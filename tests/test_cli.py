@@ -167,6 +167,28 @@ def test_errors_are_one_sentence(folder, arguments, message):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--api-key", ""], {}, "an API key is blank"),
+        (["--api-key", "k", "--api-key", " "], {}, "an API key is blank"),
+        ([], {"MINILLM_API_KEY": ""}, "an API key is blank"),
+    ],
+)
+def test_what_serve_refuses_before_it_loads(arguments, environment, message):
+    done = run("serve", "tiny", "--port", "1", *arguments, env=os.environ | environment)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_seconds_that_are_no_number_are_refused():
+    done = run("serve", "tiny", "--port", "1", "--drain-seconds", "nan")
+    assert done.returncode in (1, 2)  # ours, or the command line library's own where it knows
+    assert "--drain-seconds" in done.stderr
+    assert "cannot be listened on" not in done.stderr
+
+
 def test_debug_shows_the_traceback(folder):
     for command in (["generate", "the", "--debug"], ["--debug", "generate", "the"]):
         done = run(*command, "-m", folder, "--top-p", "1.5")

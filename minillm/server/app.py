@@ -23,7 +23,7 @@ from minillm.errors import MinillmError
 from minillm.llm import LLM
 from minillm.server import responses
 from minillm.server.engine_thread import RequestStream
-from minillm.server.errors import add_error_handlers, error_body, error_response
+from minillm.server.errors import add_error_handlers, error_body, error_response, status, told
 from minillm.server.events import EventStream
 from minillm.server.page import FILES, page_router
 from minillm.server.protocol import (
@@ -51,6 +51,9 @@ BODY_SECONDS = 60.0
 CLIENT_HAS_GONE = 499  # nginx's number; nobody reads it
 OPEN_PATHS = ("/health", "/version", "/metrics", "/docs", "/openapi.json", *FILES)
 """What needs no key."""
+UNCOUNTED_PATHS = (*OPEN_PATHS, "/live")
+"""What is answered however many requests are in flight: it holds next to nothing."""
+PIECE_BYTES = 2**16
 
 DESCRIPTION = "What the server takes and gives. /docs shows it by Swagger UI, which the browser loads from the network."
 
@@ -237,11 +240,12 @@ async def metrics(service: Serving) -> Response:
 
 
 class Gate:
-    """Before everything: the API key, the size of the body, and how long it may take to come."""
+    """Before everything: the API key, the size of the body and how long it may take, and how many are in flight."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
-        self._keys = [key.encode() for key in api_keys]
+        self._service = service
+        self._keys = [key.encode() for key in service.config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -251,7 +255,12 @@ class Gate:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await self.app(scope, _limited(receive), send)
+        is_counted = scope["path"] not in UNCOUNTED_PATHS
+        self._service.num_in_flight += is_counted
+        try:
+            await self.app(scope, _limited(receive), _in_pieces(send))
+        finally:
+            self._service.num_in_flight -= is_counted
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
         if self._keys and path not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
@@ -261,6 +270,11 @@ class Gate:
             return error_response(401, body, {"WWW-Authenticate": "Bearer"})
         if int(headers.get(b"content-length", b"0")) > MAX_BODY_BYTES:  # digits: the HTTP layer has looked
             return error_response(413, error_body(413, BODY_TOO_LARGE))
+        if path not in UNCOUNTED_PATHS:
+            try:
+                self._service.check_in_flight()
+            except MinillmError as error:
+                return error_response(status(error), told(error))
         return None
 
     def _has_key(self, header: bytes) -> bool:
@@ -291,6 +305,19 @@ def _limited(receive: Receive) -> Receive:
     return limited
 
 
+def _in_pieces(send: Send) -> Send:
+    """The same response, a large body in pieces: each waits for the client, so none ends before it is nearly read."""
+
+    async def pieces(message: Message) -> None:
+        body, start = message.get("body", b""), 0
+        while len(body) - start > PIECE_BYTES:
+            await send({"type": message["type"], "body": body[start : start + PIECE_BYTES], "more_body": True})
+            start += PIECE_BYTES
+        await send({**message, "body": body[start:]} if start else message)
+
+    return pieces
+
+
 def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
     """The application; `app.state.service` is what it serves. The LLM stays the caller's, to close."""
     service = Service(llm, config)
@@ -315,7 +342,7 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     app.include_router(page_router(service))
-    app.add_middleware(Gate, api_keys=config.api_keys)
+    app.add_middleware(Gate, service=service)
     add_error_handlers(app)
     plain = app.openapi
 

@@ -95,9 +95,13 @@ class EngineThread:
         """Answers that are waited for."""
         return sum(stream.num_answers for stream in self._streams.values())
 
+    def check_alive(self) -> None:
+        """Raise EngineDeadError where the engine has failed."""
+        if self.error is not None:
+            raise EngineDeadError(f"the engine has failed: {self.error}")
+
     def check_room(self, num_answers: int = 0) -> None:
-        """Raise EngineDeadError where the engine has failed, OverloadedError where so many more are too many."""
-        self._check_alive()
+        """Raise OverloadedError where so many more answers are too many."""
         waiting = self.num_unfinished
         if waiting + num_answers > self.max_requests:
             raise OverloadedError(f"{waiting} answers are being waited for already: try again later")
@@ -144,7 +148,7 @@ class EngineThread:
         Raises:
             EngineDeadError: the engine has failed.
         """
-        self._check_alive()
+        self.check_alive()
         asked: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._asked.add(asked)
         asked.add_done_callback(self._asked.discard)
@@ -181,10 +185,6 @@ class EngineThread:
         if self._thread.is_alive():
             self._inbox.put(self._stop)
             self._thread.join()
-
-    def _check_alive(self) -> None:
-        if self.error is not None:
-            raise EngineDeadError(f"the engine has failed: {self.error}")
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

@@ -62,15 +62,9 @@ class Server(uvicorn.Server):
         stop = await super().on_tick(counter)
         if self.force_exit:
             self.service.engine.abort_all("the server was stopped")
-        return stop or self.service.engine.error is not None or self._is_drained()
-
-    def _is_drained(self) -> bool:
-        if self._deadline is None:
-            return False
-        engine = self.service.engine
-        if time.monotonic() > self._deadline:
-            engine.abort_all("the server is shutting down, and the answer took too long")
-        return not engine.num_unfinished
+        elif self._deadline is not None and time.monotonic() > self._deadline:
+            self.service.engine.abort_all("the server is shutting down, and the answer took too long")
+        return stop or self.service.engine.error is not None or self.service.is_drained
 
     @property
     def url(self) -> str:

@@ -15,13 +15,17 @@ from fastapi.concurrency import run_in_threadpool
 from minillm.checks import check_token_ids
 from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
-from minillm.errors import InvalidRequestError, ShuttingDownError
+from minillm.errors import ConfigError, InvalidRequestError, OverloadedError, ShuttingDownError
 from minillm.llm import LLM, encode_prompt
-from minillm.models.tokenizer import chat_prompt, token_ids
+from minillm.models.chat_template import chat_text
+from minillm.models.tokenizer import token_ids
 from minillm.server.engine_thread import EngineThread, RequestStream
 from minillm.server.metrics import ServerMetrics
 from minillm.server.protocol import ChatFields, CompletionRequest
 from minillm.server.template_process import chat_text_apart
+
+SPARE_REQUESTS = 64
+"""Requests in flight beyond those whose answers may be waited for: being received, tokenized, or read by the client."""
 
 TokenizedPrompt = tuple[str | None, list[int]]
 """A prompt's text, if it has one, and its tokens."""
@@ -45,7 +49,10 @@ class ServerConfig:
         chat_template: instead of the tokenizer's.
         trust_request_chat_template: whether requests may bring a template of their own.
         api_keys: any of which a client must show; none are asked for where there are none.
-        max_requests: answers that are waited for at a time.
+        max_requests: answers that are waited for at a time; `SPARE_REQUESTS` more requests may be in flight.
+
+    Raises:
+        ConfigError: a blank key, which would open the server to everybody.
     """
 
     model: str
@@ -54,6 +61,12 @@ class ServerConfig:
     api_keys: Sequence[str] = ()
     max_requests: int = 1024
     trust_request_chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        if not all(key.strip() for key in self.api_keys):
+            raise ConfigError(
+                "an API key is blank: give one that clients can send (--api-key, MINILLM_API_KEY), or none"
+            )
 
 
 class Service:
@@ -66,6 +79,7 @@ class Service:
         self.metrics = ServerMetrics(llm.engine, config.served_names[0])
         self.engine = EngineThread(llm.engine, max_requests=config.max_requests, listener=self.metrics.observe)
         self.is_draining = False
+        self.num_in_flight = 0  # requests whose response has not ended
         self.created = int(time.time())
         self.defaults = llm.generation_config
         self._compiling = asyncio.Semaphore(1)  # one at a time: what one may take, in time and memory, is bounded
@@ -81,10 +95,17 @@ class Service:
         return self.is_draining and not self.engine.num_unfinished
 
     def check_ready(self, num_answers: int = 0) -> None:
-        """Raise ShuttingDownError, EngineDeadError or OverloadedError where so many answers will not be given now."""
-        self.engine.check_room(num_answers)
+        """Raise EngineDeadError, ShuttingDownError or OverloadedError where so many answers will not be given now."""
+        self.engine.check_alive()
         if self.is_draining:
             raise ShuttingDownError("the server is shutting down and takes no new requests")
+        self.engine.check_room(num_answers)
+
+    def check_in_flight(self) -> None:
+        """Raise as `check_ready`, or OverloadedError, where one more request is too many to be looked at."""
+        if self.num_in_flight >= self.config.max_requests + SPARE_REQUESTS:
+            self.check_ready()
+            raise OverloadedError(f"{self.num_in_flight} requests are in flight already: try again later")
 
     def model_name(self, asked: str | None) -> str:
         """What to call the model.
@@ -135,22 +156,26 @@ class Service:
 
         Raises:
             InvalidRequestError: options that are not the template's, or a template where none is taken.
-            ContextLengthError: as `encode`.
+            ContextLengthError: as `encode`, of the messages or of what the template writes.
             TokenizerError: no template, or one that refuses the conversation.
             OverloadedError: too many templates of clients are being rendered.
         """
+        text = self._rendered(asked)
+        self._check_characters(len(text))
+        return text, token_ids(self.tokenizer, text)
+
+    def _rendered(self, asked: ChatFields) -> str:
         messages = [message.model_dump(exclude_none=True) for message in asked.messages]
         options = self._chat_options(asked)
         if asked.chat_template is None:
-            return chat_prompt(self.tokenizer, messages, chat_template=self.config.chat_template, **options)
+            return chat_text(self.tokenizer, messages, chat_template=self.config.chat_template, **options)
         if not self.config.trust_request_chat_template:
             raise InvalidRequestError(
                 "chat_template is not taken from requests: leave it out, or start the server with "
                 "--trust-request-chat-template"
             )
         variables = self.tokenizer.special_tokens_map | options
-        text = chat_text_apart(messages, chat_template=asked.chat_template, **variables)
-        return text, token_ids(self.tokenizer, text)
+        return chat_text_apart(messages, chat_template=asked.chat_template, **variables)
 
     def _chat_options(self, asked: ChatFields) -> dict[str, Any]:
         """What `chat_text` is told beside messages and template; variables of the template are among it."""

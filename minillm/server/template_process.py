@@ -43,8 +43,8 @@ def chat_text_apart(conversation: Sequence[Mapping[str, Any]], **options: Any) -
         TokenizerError: the template refuses the conversation, or takes too much time or memory.
         OverloadedError: too many templates are being rendered.
     """
-    if not _seats.acquire(timeout=TEMPLATE_SECONDS):
-        raise OverloadedError(f"{MAX_PROCESSES} templates of clients are being rendered, and more wait")
+    if not _seats.acquire(blocking=False):  # the threads that would wait are those that all requests need
+        raise OverloadedError(f"{MAX_PROCESSES} templates of clients are being rendered already: try again later")
     try:
         is_text, text = json.loads(_answer(conversation, options))
     finally:

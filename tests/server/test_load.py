@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import random
@@ -17,10 +18,12 @@ import torch
 from minillm import LLM, SamplingParams
 from minillm.engine.request import Request
 from minillm.server import app as app_module
+from minillm.server import service as service_module
 from minillm.server.engine_thread import EngineThread, RequestStream
 from tests.server.conftest import SMALL, running
 from tests.server.malformed import junk, malformed
 from tests.server.raw import Connection, completion
+from tests.server.raw import request as http_request
 
 MiB = 2**20
 NUM_CLIENTS = 500
@@ -177,6 +180,67 @@ def test_a_client_that_does_not_read_is_kept_its_answer_and_no_more(server):
             told += client.recv(2**16)
         assert told.count(b'"finish_reason":"length"') == 4
         assert stream._outputs.empty()
+
+
+def connect(server, before: int) -> socket.socket:
+    """A connection whose buffers are small on both sides."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(30)
+    client.connect(("127.0.0.1", server.server.config.port))
+    assert server.until(lambda: len(server.server.server_state.connections) == before + 1)
+    for connection in server.server.server_state.connections:
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return client
+
+
+ANSWERED = {"prompt": "Leo", "max_tokens": 300, "ignore_eos": True, "logprobs": 20, "seed": 1}
+STALLED = {
+    "a stream": completion(stream=True, **ANSWERED),
+    "a whole answer": completion(**ANSWERED),
+    "a body that does not come": http_request("/v1/completions", b"{}")[:-1],
+}
+
+
+@pytest.mark.parametrize("kind", STALLED)
+def test_requests_count_until_their_response_has_ended(reference, monkeypatch, kind):
+    """The engine has ended those whose clients do not read, or never heard of them; the server still holds them."""
+    monkeypatch.setattr(service_module, "SPARE_REQUESTS", 0)
+    with running(reference, max_requests=3) as server, contextlib.ExitStack() as stack:
+        service, before = server.service, reference.engine.counts.generation_tokens
+        for count in range(3):
+            client = stack.enter_context(connect(server, count))
+            client.sendall(STALLED[kind])
+            assert server.until(lambda count=count: service.num_in_flight == count + 1)
+        written = 0 if kind == "a body that does not come" else 3 * 300
+        assert server.until(lambda: reference.engine.counts.generation_tokens == before + written, 60)
+        assert server.until(lambda: not service.engine.num_unfinished)
+
+        async def refused_before_its_body() -> tuple[int, dict[str, str], bytes]:
+            async with Connection.to(server.url) as connection:
+                await connection.send(completion(prompt="Leo").partition(b"{")[0])
+                return await asyncio.wait_for(connection.answer(), 10)
+
+        status, headers, body = asyncio.run(refused_before_its_body())
+        assert status == 429
+        assert int(headers["retry-after"]) >= 1
+        assert json.loads(body)["error"]["type"] == "rate_limit_error"
+        http = server.http
+        for path in ("/health", "/metrics", "/", "/page.js"):
+            assert http.get(path).status_code == 200
+        with http.stream("GET", "/live") as live:
+            assert next(live.iter_lines()).startswith("data: {")
+        assert service.num_in_flight == 3
+        stack.close()
+        assert server.until(lambda: service.num_in_flight == 0)
+        assert asyncio.run(good(server.url))
+
+
+def test_a_large_answer_arrives_whole(server):
+    """It is sent in pieces."""
+    answer = httpx.post(f"{server.url}/v1/completions", json=ANSWERED, timeout=60)
+    assert len(answer.content) == int(answer.headers["content-length"]) > 2 * app_module.PIECE_BYTES
+    assert [len(choice["logprobs"]["tokens"]) for choice in answer.json()["choices"]] == [300]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):

@@ -21,7 +21,8 @@ import openai
 import pytest
 
 from minillm import LLM
-from minillm.errors import MissingExtraError
+from minillm.errors import ConfigError, MissingExtraError
+from minillm.server.service import ServerConfig
 from tests.server.conftest import SMALL, running
 from tests.server.raw import request
 
@@ -77,6 +78,12 @@ def test_keys(llm):
         assert server.http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("keys", [[""], ["first", " \t"]])
+def test_a_blank_key_opens_no_server(keys):
+    with pytest.raises(ConfigError, match="blank"):
+        ServerConfig("tiny", ["tiny"], api_keys=keys)
+
+
 def test_too_many_requests_are_told_when_to_come_again(slow):
     with running(slow, max_requests=2) as server:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True, "n": 2}):
@@ -104,6 +111,20 @@ def test_draining_refuses_what_is_new_and_ends_what_runs(slow):
             assert list(lines)[-2] == "data: [DONE]"
         assert server.until(lambda: not server.thread.is_alive())
         assert server.server.exit_status == 0
+
+
+def test_draining_is_told_before_a_full_queue(slow):
+    with running(slow, max_requests=2) as server:
+        asked = LONG | {"stream": True, "n": 2, "max_tokens": 60}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=asked) as told:
+            lines = told.iter_lines()
+            next(lines)
+            http = server.http
+            assert http.post("/v1/completions", json=LONG).status_code == 429
+            server.server.handle_exit(signal.SIGTERM, None)
+            assert http.post("/v1/completions", json=LONG).status_code == 503
+            assert list(lines)[-2] == "data: [DONE]"
+        assert server.until(lambda: not server.thread.is_alive())
 
 
 def test_draining_has_an_end(slow):

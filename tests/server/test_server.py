@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 
 import httpx
 import jsonschema
@@ -296,6 +297,38 @@ def test_metrics_have_vllms_names_and_count(server):
     assert after[f"minillm:num_requests_running{label}"] == 0
     for name in ("num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total", "prefix_cache_hits_total"):
         assert f"minillm:{name}{label}" in after
+
+
+def test_metrics_of_streams_are_counted_as_they_come(server, monkeypatch):
+    """The first token's times with the first token, though the request is then aborted; gaps for each answer."""
+    step = server.llm.engine.step
+
+    def slowly():
+        time.sleep(0.005)
+        return step()
+
+    def count(name: str) -> float:
+        lines = server.http.get("/metrics").text.splitlines()
+        (line,) = (line for line in lines if line.startswith(f"minillm:{name}_count{{"))
+        return float(line.rpartition(" ")[2])
+
+    firsts = ("time_to_first_token_seconds", "request_queue_time_seconds", "request_prefill_time_seconds")
+    names = (*firsts, "inter_token_latency_seconds", "e2e_request_latency_seconds")
+    before = {name: count(name) for name in names}
+    monkeypatch.setattr(server.llm.engine, "step", slowly)
+    asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+    with server.openai.completions.create(stream=True, **asked) as stream:
+        next(iter(stream))
+        assert server.until(lambda: count(firsts[0]) == before[firsts[0]] + 1)
+        assert server.llm.engine.has_unfinished_requests, "before its end"
+    assert server.until(lambda: not server.llm.engine.has_unfinished_requests)
+    monkeypatch.undo()
+    assert [count(name) - before[name] for name in firsts] == [1, 1, 1]
+    assert count("e2e_request_latency_seconds") == before["e2e_request_latency_seconds"]
+    gaps = count("inter_token_latency_seconds")
+    list(server.openai.completions.create(stream=True, n=3, seed=1, **asked | {"max_tokens": 5}))
+    assert count("inter_token_latency_seconds") == gaps + 3 * 4
+    assert [count(name) - before[name] for name in firsts] == [2, 2, 2]
 
 
 def test_the_openapi_page_is_right(server):

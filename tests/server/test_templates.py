@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import tarfile
 import threading
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minillm.models.chat_template import chat_text
-from minillm.server import template_process
+from minillm.server import service, template_process
 from minillm.server.protocol import MAX_CHAT_TEMPLATE
 from tests.helpers import SHARED
 from tests.server.conftest import running
@@ -193,8 +194,38 @@ def test_other_bounds(server, monkeypatch):
     for _ in range(900):
         nested = [nested]
     assert "nested too deeply" in refusal(server, "{{ 1 }}", chat_template_kwargs={"nested": nested})
-    monkeypatch.setattr(template_process, "TEMPLATE_SECONDS", 0)
     monkeypatch.setattr(template_process, "_seats", threading.Semaphore(0))
     answer = tokenize(server, "{{ 1 }}")
     assert answer.status_code == 429
     assert "retry-after" in answer.headers
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "x" * 10**6})}}
+LONG_WRITTEN = {
+    "the template": {"chat_template": "{% for a in range(99) %}{{ 'a' * 10 ** 5 }}{% endfor %}"},
+    "tools": {
+        "chat_template": "{{ tools | tojson }}",
+        "tools": [{"type": "function", "function": {"name": "f", "description": "x" * 10**6}}],
+    },
+    "variables": {"chat_template": "{{ mine }}", "chat_template_kwargs": {"mine": "x" * 10**6}},
+    "calls": {
+        "chat_template": "{{ messages[-1].tool_calls | tojson }}",
+        "messages": [*USER, {"role": "assistant", "tool_calls": [CALL]}],
+    },
+}
+
+
+@pytest.mark.parametrize("what", LONG_WRITTEN)
+@pytest.mark.parametrize("whose", ["the client's", "the server's"])
+def test_what_a_template_writes_is_not_tokenized_where_it_cannot_fit(llm, monkeypatch, what, whose):
+    tokenized = []
+    monkeypatch.setattr(service, "token_ids", lambda tokenizer, text: tokenized.append(text))
+    asked = {"messages": USER} | LONG_WRITTEN[what]
+    options = {"trust_request_chat_template": True}
+    if whose == "the server's":
+        options = {"chat_template": asked.pop("chat_template")}
+    with running(llm, **options) as server:
+        answer = server.http.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert tokenized == []
