@@ -381,17 +381,16 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM ends it when running requests are done."""
     engine, _ = _engine_arguments(locals())
-    from minillm.server.serve import check_port, read_chat_template
-    from minillm.server.serve import serve as run_server
-    from minillm.server.service import ServerConfig
+    with notes.status("importing PyTorch"):
+        from minillm.server.serve import check_port, load, read_chat_template
+        from minillm.server.serve import serve as run_server
+        from minillm.server.service import ServerConfig
 
     check_port(host, port)
     template = None if chat_template is None else read_chat_template(chat_template)
     config = ServerConfig(model, served_model_name or [model], template, api_key or [], max_unfinished_requests)
-    with notes.status("importing PyTorch"):
-        from minillm.llm import LLM
     arguments = engine | {"gpu_memory_utilization": gpu_memory_utilization, "trust_remote_code": trust_remote_code}
-    with LLM(**arguments) as llm:
+    with load(**arguments) as llm:
         status = run_server(llm, config, host=host, port=port, drain_seconds=drain_seconds)
     raise typer.Exit(status)
 
