@@ -585,14 +585,16 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM lets running requests end; a second stops."""
     engine, _ = _engine_arguments(locals())
-    from minillm.server.serve import check_port, read_chat_template
-    from minillm.server.serve import serve as run_server
-    from minillm.server.service import ServerConfig
+    with notes.status("importing PyTorch"):
+        from minillm.server.serve import check_port, load, read_chat_template
+        from minillm.server.serve import serve as run_server
+        from minillm.server.service import ServerConfig
 
     if math.isnan(drain_seconds):  # older typer takes it for no less than 0
         raise ConfigError("--drain-seconds must be a number of seconds, not nan")
     check_port(host, port)
     template = None if chat_template is None else read_chat_template(chat_template)
+<<<<<<< HEAD
     config = ServerConfig(
         model,
         served_model_name or [model],
@@ -603,8 +605,11 @@ def serve(
     )
     with notes.status("importing PyTorch"):
         from minillm.llm import LLM
+=======
+    config = ServerConfig(model, served_model_name or [model], template, api_key or [], max_unfinished_requests)
+>>>>>>> proofs
     arguments = engine | {"gpu_memory_utilization": gpu_memory_utilization, "trust_remote_code": trust_remote_code}
-    with LLM(**arguments) as llm:
+    with load(**arguments) as llm:
         status = run_server(llm, config, host=host, port=port, drain_seconds=drain_seconds)
     raise typer.Exit(status)
 

@@ -10,9 +10,14 @@ import contextlib
 import socket
 import threading
 import time
+<<<<<<< HEAD
 from collections.abc import Iterator
+=======
+from concurrent.futures import ThreadPoolExecutor
+>>>>>>> proofs
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -76,6 +81,17 @@ class Server(uvicorn.Server):
     def exit_status(self) -> int:
         """0 where all that was asked has been answered or told."""
         return 1 if self.force_exit or self.service.engine.error is not None else 0
+
+
+def load(**arguments: Any) -> LLM:
+    """An `LLM`, made in a thread that ends.
+
+    OpenMP keeps a team of threads for every thread that has computed. Where there are more of them than cores they no
+    longer wait for each other actively, and on a CPU the engine's steps take half as long again: its thread must be the
+    only one that computes.
+    """
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        return loader.submit(LLM, **arguments).result()
 
 
 def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds: float) -> int:
