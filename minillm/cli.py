@@ -594,7 +594,6 @@ def serve(
         raise ConfigError("--drain-seconds must be a number of seconds, not nan")
     check_port(host, port)
     template = None if chat_template is None else read_chat_template(chat_template)
-<<<<<<< HEAD
     config = ServerConfig(
         model,
         served_model_name or [model],
@@ -603,11 +602,6 @@ def serve(
         max_unfinished_requests,
         trust_request_chat_template,
     )
-    with notes.status("importing PyTorch"):
-        from minillm.llm import LLM
-=======
-    config = ServerConfig(model, served_model_name or [model], template, api_key or [], max_unfinished_requests)
->>>>>>> proofs
     arguments = engine | {"gpu_memory_utilization": gpu_memory_utilization, "trust_remote_code": trust_remote_code}
     with load(**arguments) as llm:
         status = run_server(llm, config, host=host, port=port, drain_seconds=drain_seconds)

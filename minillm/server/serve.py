@@ -10,11 +10,8 @@ import contextlib
 import socket
 import threading
 import time
-<<<<<<< HEAD
 from collections.abc import Iterator
-=======
 from concurrent.futures import ThreadPoolExecutor
->>>>>>> proofs
 from pathlib import Path
 from types import FrameType
 from typing import Any

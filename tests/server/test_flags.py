@@ -71,7 +71,7 @@ class Recorder:
             recorder.config, recorder.where = vars(config), where
             return 3
 
-        monkeypatch.setattr(minillm.llm, "LLM", FakeLLM)
+        monkeypatch.setattr(minillm.server.serve, "LLM", FakeLLM)
         monkeypatch.setattr(minillm.server.serve, "serve", serve)
 
     def run(self, *arguments: object) -> int:
