@@ -136,7 +136,7 @@ def test_a_model_after_a_flag_is_no_second_value(recorder, free_port):
 def test_keys_of_the_environment(recorder, free_port, monkeypatch):
     monkeypatch.setenv("MINILLM_API_KEY", "k l")
     assert recorder.run("--port", free_port) == 3
-    assert recorder.config["api_keys"] == ["k", "l"]
+    assert recorder.config["api_keys"] == ["k l"], "one key"
 
 
 def test_two_models_are_refused(recorder, free_port, capsys):
