@@ -613,18 +613,19 @@ for tile in tiles:
 
 # %% [markdown]
 # - **Registers** are those of each thread. More than 255 a thread cannot have. What does not fit **spills** into slow
-#   memory.
+#   memory. Some bytes outside the loop cost little: tiles of a prompt that spill nothing were slower on an H100
+#   (`docs/benchmarks.md`).
 # - **Shared memory** holds the tiles of keys and values that are on their way. With `num_stages=2` the next tile is
 #   being fetched while this one is multiplied.
 
 # %%
 for tile in tiles:
     assert tile.registers <= 255
-    assert tile.spills == 0, "nothing spills"
+    assert tile.spills <= (0 if tile.max_query_len == 1 else 64)
     assert tile.shared <= compiled.SHARED_MEMORY[tile.capability]
 decode = next(tile for tile in tiles if tile[:4] == (90, 4, 128, 1))
 assert decode.shared >= 2 * 2 * decode.keys * decode.head_dim  # one tile of keys and one of values, 2 bytes a number
-print("no spills, and every tile fits")
+print("decode spills nothing, a prompt next to nothing, and every tile fits")
 
 # %% [markdown]
 # ### How many programs fit
@@ -642,7 +643,7 @@ for tile in tiles:
         kind = "decode" if tile.max_query_len == 1 else "prompt"
         name = f"{kind}, {tile.group} × {tile.head_dim}"
         fits[name] = programs_that_fit(tile.registers, tile.shared, tile.num_warps, h100)
-plot_occupancy(fits, title="On an H100, decode has several programs a multiprocessor, prompts one or two")
+plot_occupancy(fits, title="On an H100, a multiprocessor holds two programs or more")
 plt.show()
 
 # %% [markdown]
@@ -656,7 +657,7 @@ at_a_time = {name: min(limits.values()) for name, limits in fits.items()}
 under_way = 2 * 2 * decode.keys * decode.head_dim
 assert at_a_time["decode, 4 × 128"] >= 2
 assert at_a_time["decode, 3 × 64"] >= 2
-assert all(1 <= at_a_time[name] <= 2 for name in ("prompt, 4 × 128", "prompt, 3 × 64"))
+assert all(at_a_time[name] >= 2 for name in ("prompt, 4 × 128", "prompt, 3 × 64"))
 assert at_a_time["decode, 4 × 128"] * under_way > each
 print(f"a decode program of 4 × 128 has up to {under_way // 1024} KiB under way")
 
@@ -697,8 +698,8 @@ for tile in tiles:
 print("loads of 16 bytes and tensor cores everywhere, wgmma in the H100's prompt tiles only")
 
 # %% [markdown]
-# The package's tests ask for the same: nothing spills, every tile fits, loads of 16 bytes, tensor cores. A change that
-# loses one of these shows up on a machine without a GPU.
+# The package's tests ask for the same: hardly anything spills, every tile fits, loads of 16 bytes, tensor cores. A
+# change that loses one of these shows up on a machine without a GPU.
 #
 # ## 8 · Measured
 #
