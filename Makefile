@@ -20,7 +20,7 @@ demo: .venv/notebooks
 
 test: .venv/test
 	$(BIN)/minillm pull smollm2-135m
-	$(PYTEST) --dist loadscope
+	$(PYTEST) --dist loadscope --no-loadscope-reorder
 	$(PYTEST) -o addopts= --dist loadfile --nbval --nbval-current-env notebooks
 
 lab: .venv/notebooks

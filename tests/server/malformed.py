@@ -29,14 +29,17 @@ WRONG: dict[str, list[object]] = {
     "stop_token_ids": [1, "x", ["x"], [None], [-1], [10**9], [10**30], [1] * 1025],
     "allowed_token_ids": [1, "x", ["x"], [], [-1], [10**9], [10**30]],
     "bad_words": [1, {}, [""], [1], ["a"] * 257, ["a" * 101], ["\ud800"]],
-    "guided_json": [{}], "structured_outputs": [{"regex": "a"}], "logits_processors": [["os.system"]],
+    "guided_json": [{}], "logits_processors": [["os.system"]],
+    "structured_outputs": [1, [], {}, {"regex": "("}, {"regex": "a", "json": {}}, {"choice": []}, {"choice": [1]},
+                           {"json": "{"}, {"grammar": "start: x"}, {"x": 1}],
+    "response_format": [1, [], {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "text", "json_schema": {}}],
+    "return_token_ids": NO_BOOL, "prompt_logprobs": [*NO_COUNT, 21],
 }  # fmt: skip
 WRONG_COMPLETION: dict[str, list[object]] = {
     "prompt": [None, 1, {}, [], "", [[]], ["a", 1], [1, "a"], [[1, "a"]], [-1], [99999], [10**30], [[1], [-1]],
                ["a", ""],
                "\ud800", ["\udc00"], "a" * 50_000, [1] * 50_000, ["a"] * 2000, [[[1]]], [1.5], [True, None]],
     "logprobs": [*NO_COUNT, 21], "echo": NO_BOOL, "suffix": ["x"], "best_of": [2],
-    "response_format": [{"type": "text"}],
 }  # fmt: skip
 WRONG_CHAT: dict[str, list[object]] = {
     "messages": [None, 1, "a", {}, [], [1], [{}], [[]], [{"role": "user"}, 1], [{"content": "a"}],
@@ -44,9 +47,10 @@ WRONG_CHAT: dict[str, list[object]] = {
                  [{"role": "user", "content": 1}], [{"role": "user", "content": [{"type": "image_url"}]}],
                  [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": "\ud800"}],
                  [{"role": "user", "content": "a" * 50_000}], [{"role": "user", "content": "a", "x": 1}]],
-    "top_logprobs": [*NO_COUNT, 21], "tools": [[], [{}]], "tool_choice": ["auto"], "chat_template": ["{{ 1 }}"],
+    "top_logprobs": [*NO_COUNT, 21], "tools": [1, {}, [1], [{}], [{"type": "function"}]],
+    "tool_choice": ["auto"], "chat_template": ["{{ 1 }}"],
     "chat_template_kwargs": [1, [], {"tokenize": True}, {"chat_template": "x"}, {"self": 1}],
-    "response_format": [{}, {"type": "json_object"}], "max_completion_tokens": [*NO_COUNT, 0],
+    "max_completion_tokens": [*NO_COUNT, 0],
 }  # fmt: skip
 WRONG_TOKENIZE: dict[str, list[object]] = {
     "prompt": [None, 1, [], {}, "\ud800", "a" * 50_000], "add_special_tokens": NO_BOOL, "return_token_strs": NO_BOOL,
@@ -191,4 +195,6 @@ def junk(rng: random.Random) -> bytes:
         return plain.replace(b"HTTP/1.1", rng.choice([b"HTTP/9.9", b"HTTP/1.1 x", b"", b"http/1.1", b"HTTP/2.0"]))
     if kind == 8:
         return plain.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked") + rng.randbytes(50)
-    return b"GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: x\r\n\r\n"
+    return (
+        b"GET /nowhere HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: x\r\n\r\n"
+    )
