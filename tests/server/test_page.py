@@ -198,7 +198,7 @@ def test_all_who_watch_share_one_look_and_nobody_looks_for_nobody(server, monkey
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert 4 <= len(looks) < 4 * 5
+    assert 3 <= len(looks) < 4 * 5, "the first may be one that was made for somebody before"
     assert server.until(lambda: is_still(looks))
 
 

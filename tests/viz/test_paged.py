@@ -119,7 +119,7 @@ def test_threads_read_what_the_cpu_kernel_gives_them(threads):
     case = make_case([1] * 5, lengths, kv_heads=1, group=2, head_dim=8, block_size=block_size)
     q, k_cache, v_cache, tables, starts, lens = (tensor.numpy() for tensor in case.arguments)
     far = 10**9
-    seqs, seen, ends = cpu._rows(starts, lens, far, block_size)
+    seqs, seen, ends = cpu._rows(starts, lens, far, block_size, 0)
     scale, no_cap = np.float32(1), np.float32(0)
     shares = shares_by_block(lengths, block_size, threads)
     blocks = [(seq, block) for mine in shares for seq, begin, end in mine for block in range(begin, end)]
@@ -127,7 +127,7 @@ def test_threads_read_what_the_cpu_kernel_gives_them(threads):
     for part, mine in enumerate(shares):
         out, tokens = np.full_like(q, NAN), np.zeros((threads, 2), np.int64)
         stats, means = np.zeros((threads, 2, 2, 2), np.float32), np.zeros((threads, 2, 2, 8), np.float32)
-        given = part, threads, q, k_cache, v_cache, tables, seqs, seen, ends, far, scale, no_cap
+        given = part, threads, q, k_cache, v_cache, tables, seqs, seen, ends, far, 0, *cpu.NOTHING_COMMON, scale, no_cap
         cpu._attend_part(*given, out, tokens, stats, means)
         whole = {seq for seq, begin, end in mine if end - begin == counts[seq]}
         assert {seq for seq in range(5) if not np.isnan(out[seq]).any()} == whole
