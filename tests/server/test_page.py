@@ -138,7 +138,7 @@ def test_runs_are_blocks_written_shorter():
 def test_a_snapshot_is_what_the_scheduler_knows(server):
     with answers(server, 22):  # 16 have seats
         assert server.until(lambda: len(server.llm.engine.scheduler.waiting) == 6)
-        seen, names, tables, ref_counts, hashes = in_engine(
+        seen, names, tables, ref_counts, hashes, num_waiting = in_engine(
             server,
             lambda engine: (
                 snapshot(engine),
@@ -146,6 +146,7 @@ def test_a_snapshot_is_what_the_scheduler_knows(server):
                 [list(request.table.blocks) for request in engine.scheduler.running],
                 list(engine.scheduler.pool.ref_counts),
                 list(engine.scheduler.pool.hashes),
+                len(engine.scheduler.waiting),
             ),
         )
     assert [request.name for request in seen.running] == names
@@ -154,7 +155,7 @@ def test_a_snapshot_is_what_the_scheduler_knows(server):
     assert [held.count(block) for block in range(seen.num_blocks)] == ref_counts
     assert seen.num_held == len(set(held)) == sum(count > 0 for count in ref_counts)
     assert blocks_of(seen.found_again) == [block for block, content in enumerate(hashes) if content is not None]
-    assert len(seen.waiting) == seen.num_waiting == 6
+    assert len(seen.waiting) == seen.num_waiting == num_waiting
     for request in [*seen.running, *seen.waiting]:
         assert 0 <= request.computed <= request.prompt + request.written
         assert request.written <= request.max_tokens
