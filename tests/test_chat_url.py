@@ -18,7 +18,7 @@ import pytest
 
 from minillm import LLM, cli, client
 from minillm.errors import ServerError
-from tests.server.conftest import SMALL, running
+from tests.server.conftest import SMALL, forget_proxies, running
 
 STORY = "Tell me a story about Mia and a red kite."
 
@@ -32,8 +32,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
+    forget_proxies(monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -276,6 +276,7 @@ class Plan(NamedTuple):
         tiles: blocks that those have together.
         window: how far a token looks back, or `FAR`.
         shared: the blocks that those begin with, all of them, where there is enough in common.
+        few: their queries, where there is something in common and others are in the step.
     """
 
     block_tables: Int[Tensor, "seqs max_blocks"]
@@ -287,6 +288,7 @@ class Plan(NamedTuple):
     tiles: int
     window: int
     shared: Int[Tensor, "blocks"]
+    few: Int[Tensor, "few"] | None
 
 
 def plan(
@@ -313,7 +315,9 @@ def plan(
     if queries * shared * block_size < MIN_SHARED:
         shared = 0
     seqs, lengths, ends = _rows(starts, lens, far, block_size, shared)
-    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far, block_tables[first, :shared])
+    common = block_tables[first, :shared]
+    few = torch.from_numpy(np.flatnonzero(np.diff(ends))) if shared and many else None
+    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far, common, few)
 
 
 NOTHING_COMMON = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
@@ -329,7 +333,7 @@ def _attend_to_common(
 ) -> tuple[Float[Tensor, "tokens heads"], Float[Tensor, "tokens heads head_dim"]]:
     """Every query over the keys of these blocks: the logarithm of its scores' exponentials' sum, and its mean value."""
     tokens, kv_heads = len(q), k_cache.shape[1]
-    keys, values = (cache[blocks].transpose(0, 1).flatten(1, 2).float() for cache in (k_cache, v_cache))
+    keys, values = (reference._gather(cache, blocks[None])[0].float() for cache in (k_cache, v_cache))
     queries = q.float().unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
     scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
     if soft_cap is not None:
@@ -338,10 +342,11 @@ def _attend_to_common(
     weights = scores.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True)
     mean = torch.bmm(weights, values).div_(total)
-    logsumexp = total.log_().add_(largest)
-    of_tokens = (x.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2) for x in (logsumexp, mean))
-    logsumexp, mean = (x.contiguous() for x in of_tokens)
-    return logsumexp[..., 0].contiguous(), mean
+    logsumexp = total.log_().add_(largest).squeeze(-1)
+    logsumexp, mean = (
+        x.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2).contiguous() for x in (logsumexp, mean)
+    )
+    return logsumexp, mean
 
 
 def attend(
@@ -374,7 +379,10 @@ def attend(
     if plan.tiles:
         common: tuple[Any, Any] = NOTHING_COMMON
         if len(plan.shared):
-            found = _attend_to_common(q, k_cache, v_cache, plan.shared, scale, soft_cap)
+            asking = q if plan.few is None else q[plan.few]
+            found: tuple[Tensor, ...] = _attend_to_common(asking, k_cache, v_cache, plan.shared, scale, soft_cap)
+            if plan.few is not None:
+                found = tuple(x.new_zeros(len(q), *x.shape[1:]).index_copy_(0, plan.few, x) for x in found)
             common = found[0].numpy(), found[1].numpy()
         parts = max(1, min(use_torch_threads(), plan.tiles * k_cache.shape[1] // MIN_TILES_PER_THREAD))
         _attend(

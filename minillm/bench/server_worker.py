@@ -6,17 +6,16 @@ The server is a process of its own, as users start it; this one is the client of
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import subprocess
 import sys
 import time
-from typing import Any
 
 import httpx
 
 import minillm
 from minillm.bench.worker import Ask, Clock, Measured, serve
+from minillm.client import COMPLETIONS, STREAM, Endpoint, async_events
 
 
 class MinillmServer:
@@ -47,8 +46,7 @@ class MinillmServer:
         return asyncio.run(self._run(asks))
 
     async def _run(self, asks: list[Ask]) -> Measured:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=None, limits=limits) as client:
+        async with httpx.AsyncClient(**Endpoint(self.url).client_options, trust_env=False) as client:
             clock = Clock()
             answers = await asyncio.gather(*(self._answer(client, ask, clock) for ask in asks))
             return clock.stop(list(answers))
@@ -56,15 +54,12 @@ class MinillmServer:
     @staticmethod
     async def _answer(client: httpx.AsyncClient, ask: Ask, clock: Clock) -> list[int]:
         prompt, count = ask
-        fields = {"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
-        asked: dict[str, Any] = {"prompt": prompt, "max_tokens": count, **fields}
+        asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         tokens: list[int] = []
-        async with client.stream("POST", "/v1/completions", json=asked) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    tokens += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
-                    clock.token()
+        async for event in async_events(client, COMPLETIONS, asked | STREAM):
+            for choice in event["choices"]:  # none in the last event, which counts tokens
+                tokens += choice["token_ids"]
+                clock.token()
         return tokens
 
 

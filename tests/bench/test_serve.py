@@ -6,7 +6,6 @@ import asyncio
 import http.server
 import json
 import math
-import os
 import signal
 import socket
 import statistics
@@ -38,7 +37,7 @@ from minillm.client import Endpoint
 from minillm.errors import ConfigError, InvalidRequestError, ServerError
 from minillm.simulate.trace import load_trace
 from tests.helpers import SHARED
-from tests.server.conftest import SMALL, running
+from tests.server.conftest import SMALL, forget_proxies, running
 
 # --- virtual time, and a server that answers by a script
 
@@ -411,8 +410,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
+    forget_proxies(monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
 
 

@@ -70,10 +70,15 @@ def running(llm: LLM, drain_seconds: float = 10.0, **options) -> Iterator[Runnin
                 client.close()
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
+def forget_proxies(monkeypatch):
+    """A client of a server on this machine asks it directly."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    forget_proxies(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +92,16 @@ def reference():
     """The same model, asked directly."""
     with LLM("tiny", **SMALL) as llm:
         yield llm
+
+
+@pytest.fixture(scope="module")
+def server(llm):
+    with running(llm) as server:
+        yield server
+
+
+@pytest.fixture
+def nothing_is_left_behind(server):
+    yield
+    assert server.until(lambda: server.num_held == 0)
+    assert not server.llm.engine.has_unfinished_requests

@@ -24,17 +24,7 @@ STORY = "Tell me a story about Mia and a red kite."
 CHAT = "**/v1/chat/completions"
 
 
-@pytest.fixture(scope="module")
-def server(llm):
-    with running(llm) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(server):
-    yield
-    assert server.until(lambda: server.num_held == 0)
-    assert not server.llm.engine.has_unfinished_requests
+pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
 
 @pytest.fixture

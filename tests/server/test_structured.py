@@ -12,7 +12,6 @@ import pydantic
 import pytest
 
 from minillm import SamplingParams, StructuredOutputsParams
-from tests.server.conftest import running
 
 MESSAGES = [{"role": "user", "content": "Who has a red kite?"}]
 SCHEMA = {
@@ -31,17 +30,7 @@ class Child(pydantic.BaseModel):
     toys: list[Literal["kite", "ball"]] = pydantic.Field(max_length=2)
 
 
-@pytest.fixture(scope="module")
-def server(llm):
-    with running(llm) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(server):
-    yield
-    assert server.until(lambda: server.num_held == 0)
-    assert not server.llm.engine.has_unfinished_requests
+pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
 
 def test_a_schema_is_satisfied_and_the_answer_is_llms(server, reference):
