@@ -17,14 +17,14 @@ from torch import Tensor
 from minillm.errors import InvalidRequestError, MinillmError
 
 
-class CheckFailed(MinillmError, AssertionError):
+class CheckError(MinillmError, AssertionError):
     """A student's piece does something else than it should; the message says what and where."""
 
 
 def check_close(
     got: Any, expected: Tensor, what: str = "the result", *, rtol: float = 1e-4, atol: float = 1e-5, hint: str = ""
 ) -> None:
-    """Raise CheckFailed unless `got` is a tensor of the expected shape and dtype, and its numbers are close.
+    """Raise CheckError unless `got` is a tensor of the expected shape and dtype, and its numbers are close.
 
     Close is |got − expected| ≤ atol + rtol·|expected|; infinities must be equal, and NaN is never close.
     """
@@ -47,7 +47,7 @@ def check_close(
 
 
 def check_equal(got: Any, expected: Any, what: str = "the result", *, hint: str = "") -> None:
-    """Raise CheckFailed unless the two are equal; of lists and tuples the first position that differs is named."""
+    """Raise CheckError unless the two are equal; of lists and tuples the first position that differs is named."""
     if isinstance(expected, (list, tuple)) and isinstance(got, (list, tuple)):
         _check_sequence(got, expected, what, hint)
     elif type(got) is not type(expected) or got != expected:
@@ -55,14 +55,14 @@ def check_equal(got: Any, expected: Any, what: str = "the result", *, hint: str 
 
 
 def check(right: bool, message: str) -> None:
-    """Raise CheckFailed with this message unless `right`."""
+    """Raise CheckError with this message unless `right`."""
     if not right:
         _fail(message, "")
 
 
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """While it lasts, calling one of these functions raises CheckFailed, whoever imported it, under whatever name.
+    """While it lasts, calling one of these functions raises CheckError, whoever imported it, under whatever name.
 
     A name is `module:function` or `module:Class` (then all the class's own methods). Functions that are not written in
     Python, such as torch's, are replaced in their module only.
@@ -123,12 +123,13 @@ def _close_function(function: FunctionType, name: str) -> Callable[[], None]:
 
 
 def _refusing_code(message: str, like: CodeType) -> CodeType:
-    """Code that raises CheckFailed(message), with as many free variables as `like` (Python demands that)."""
+    """Code that raises CheckError(message), with as many free variables as `like` (Python demands that)."""
     cells = "".join(f"    {variable} = None\n" for variable in like.co_freevars)
     uses = "".join(f"        {variable}\n" for variable in like.co_freevars)
     source = (
         f"def outer():\n{cells}    def refuse(*_args, **_kwargs):\n{uses}"
-        f"        from minillm.course.checks import CheckFailed\n        raise CheckFailed({message!r})\n    return refuse\n"
+        f"        from minillm.course.checks import CheckError\n        raise CheckError({message!r})\n"
+        f"    return refuse\n"
     )
     space: dict[str, Any] = {}
     exec(source, space)
@@ -146,7 +147,7 @@ def _check_sequence(got: Sequence[Any], expected: Sequence[Any], what: str, hint
 
 
 def _fail(message: str, hint: str) -> None:
-    raise CheckFailed(f"{message}. {hint}" if hint else message)
+    raise CheckError(f"{message}. {hint}" if hint else message)
 
 
 def _told(value: Any) -> str:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.cache.block_pool import BlockPool
-from minillm.course.checks import CheckFailed, check_close, check_equal, without
+from minillm.course.checks import CheckError, check_close, check_equal, without
 from minillm.errors import InvalidRequestError
 from minillm.transformer.attention import dot_product_attention
 
@@ -21,7 +21,7 @@ RIGHT = torch.arange(6.0).view(2, 3)
     ],
 )
 def test_a_wrong_tensor_is_told_where_it_is_wrong(got, message):
-    with pytest.raises(CheckFailed) as caught:
+    with pytest.raises(CheckError) as caught:
         check_close(got, RIGHT, "scores", hint="Divide by √d.")
     assert message in str(caught.value)
     assert str(caught.value).endswith("Divide by √d.")
@@ -44,7 +44,7 @@ def test_right_answers_pass():
     ],
 )
 def test_a_wrong_value_is_told_where_it_is_wrong(got, expected, message):
-    with pytest.raises(CheckFailed, match="blocks") as caught:
+    with pytest.raises(CheckError, match="blocks") as caught:
         check_equal(got, expected, "blocks")
     assert message in str(caught.value)
 
@@ -53,16 +53,16 @@ def test_what_is_closed_cannot_be_called_under_any_name_and_opens_again():
     mine, q = dot_product_attention, torch.randn(1, 2, 3, 4)
     attention = "minillm.transformer.attention:dot_product_attention"
     with without(attention, "torch.nn.functional:scaled_dot_product_attention", "minillm.cache.block_pool:BlockPool"):
-        with pytest.raises(CheckFailed, match="dot_product_attention"):
+        with pytest.raises(CheckError, match="dot_product_attention"):
             mine(q, q, q)
-        with pytest.raises(CheckFailed, match="scaled_dot_product_attention"):
+        with pytest.raises(CheckError, match="scaled_dot_product_attention"):
             F.scaled_dot_product_attention(q, q, q)
-        with pytest.raises(CheckFailed, match="BlockPool"):
+        with pytest.raises(CheckError, match="BlockPool"):
             BlockPool(4, 2)
     torch.testing.assert_close(mine(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert BlockPool(4, 2).num_free == 4
 
 
 def test_closing_nothing_is_an_error():
-    with pytest.raises(InvalidRequestError, match="no 'minillm.cache:nothing'"), without("minillm.cache:nothing"):
+    with pytest.raises(InvalidRequestError, match=r"no 'minillm\.cache:nothing'"), without("minillm.cache:nothing"):
         pass
