@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minillm.bench.timing import seconds_in_turn
 from minillm.cache import reference
+from minillm.cache.paged import pool_memory
 
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_DIM = 16, 3, 3, 64
 """SmolLM2-135M's shapes."""
@@ -73,6 +74,11 @@ def gathered_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, _
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
 
 
+def pool(cache: Tensor) -> Tensor:
+    """A copy in memory like an engine's pool."""
+    return pool_memory(cache.shape, cache.dtype, "cpu").copy_(cache)
+
+
 class Row(NamedTuple):
     """Medians, in seconds; bandwidth in bytes a second."""
 
@@ -89,7 +95,7 @@ def measure(work: Workload) -> Row:
 
     options = {"max_query_len": 1, "scale": HEAD_DIM**-0.5}
     one = inputs(work)
-    copies = [(one[0], one[1].clone(), one[2].clone(), *one[3:]) for _ in range(max(2, TOGETHER // work.num_bytes))]
+    copies = [(one[0], pool(one[1]), pool(one[2]), *one[3:]) for _ in range(max(2, TOGETHER // work.num_bytes))]
     stream = torch.randn(TOGETHER // 4)
     ways: dict[str, Callable[..., Tensor]] = {
         "ours": lambda *given: paged_attention(*given, **options),

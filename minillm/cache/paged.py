@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -68,8 +72,8 @@ class PagedKVCache:
             raise ConfigError("a cache keeps what later tokens see of earlier ones: every layer must be causal")
         shape = (2, len(self.specs), num_blocks, config.num_kv_heads, block_size, config.head_dim)
         try:
-            self.store = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:
+            self.store = pool_memory(shape, dtype, device)
+        except (RuntimeError, OSError, OverflowError) as error:
             size = num_blocks * block_size * config.kv_bytes_per_token(dtype) / 2**30
             raise OutOfMemoryError(
                 f"{size:.1f} GiB of keys and values do not fit on {device}: take fewer blocks"
@@ -163,3 +167,25 @@ class PagedKVCache:
             window=spec.window,
             soft_cap=spec.soft_cap,
         )
+
+
+def pool_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros; on a CPU in pages that the system gives when they are first written, large ones where it has them.
+
+    A pool then takes what has been used of it, and single queries, which read here and there, wait less for the
+    translation of addresses (a tenth of their time; `minillm bench cpu-attention`).
+
+    Raises:
+        RuntimeError, OSError, OverflowError: there is not so much memory.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, num_bytes)
+    else:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel without large pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
