@@ -50,6 +50,10 @@ class MissingExtraError(MinillmError, ImportError):
         super().__init__(f"{feature} needs an optional dependency: pip install 'minillm-engine[{extra}]'")
 
 
+class RankError(MinillmError, RuntimeError):
+    """One of several processes that run a model together has died, or does not answer."""
+
+
 class OverloadedError(MinillmError):
     """More requests than the server keeps at a time."""
 

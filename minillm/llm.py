@@ -16,24 +16,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from minillm.cache.backends import attention_backend as choose_backend
 from minillm.cache.block_pool import BlockPool
 from minillm.checks import check_size, check_token_ids
 from minillm.engine.beam_search import beam_search
-from minillm.engine.cuda_graphs import ladder
 from minillm.engine.engine import Engine
+from minillm.engine.load import RunnerConfig, start_runner
 from minillm.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from minillm.engine.params import BeamSearchParams, RequestOutputKind, SamplingParams
-from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization, note_compiling, num_kv_blocks
+from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization
 from minillm.engine.sampler import Sampler
-from minillm.engine.scheduler import Scheduler, SchedulerConfig
+from minillm.engine.scheduler import Scheduler
 from minillm.engine.trace import Trace
-from minillm.errors import ConfigError, InvalidRequestError, OutOfMemoryError, TokenizerError
-from minillm.models.loader import load_model
+from minillm.errors import ConfigError, InvalidRequestError, TokenizerError
 from minillm.models.source import resolve
 from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids, token_ids
 from minillm.text import read_json
-from minillm.transformer.linear import QUANTIZATIONS, pack, quantize
+from minillm.transformer.linear import QUANTIZATIONS
 from minillm.transformer.search import Hypothesis
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -62,7 +60,9 @@ class LLM:
         tokenizer: where the tokenizer comes from, if not from the model.
         skip_tokenizer_init: use none; prompts are token ids then, and answers have no text.
         trust_remote_code: accepted; no code from a model's repository is ever executed.
-        tensor_parallel_size: only 1.
+        tensor_parallel_size: divide the model among so many processes, each with its share of heads, feed-forward
+            units, vocabulary, keys and values (on a GPU each has one). They are started here, or by `torchrun`, under
+            which every process makes the same LLM, and those of other ranks than 0 end in it.
         dtype: "auto", "float32", "bfloat16", "float16", or a torch.dtype.
         quantization: "int8" or "int4": round the weights of linear layers to so many bits (CPU only). Fewer bytes for
             each token; answers differ.
@@ -112,8 +112,12 @@ class LLM:
         trace: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse(unknown, tensor_parallel_size, quantization)
-        given = {"kv_cache_memory_bytes": kv_cache_memory_bytes, "num_gpu_blocks_override": num_gpu_blocks_override}
+        _refuse(unknown, quantization)
+        given = {
+            "tensor_parallel_size": tensor_parallel_size,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "num_gpu_blocks_override": num_gpu_blocks_override,
+        }
         for name, size in {"block_size": block_size, "max_model_len": max_model_len, **given}.items():
             if size is not None:
                 check_size(name, size)
@@ -125,56 +129,38 @@ class LLM:
             warnings.warn("trust_remote_code is not needed: no code from a model is executed", stacklevel=2)
         path = resolve(model)
         self._tokenizer = None if skip_tokenizer_init else get_tokenizer(path if tokenizer is None else tokenizer)
-        decoder = load_model(path, dtype=dtype, device=device)
-        if gpu_memory_utilization is not None and decoder.device.type == "cpu":
-            warnings.warn("gpu_memory_utilization decides nothing on a CPU: kv_cache_memory_bytes does", stacklevel=2)
         share = DEFAULT_GPU_MEMORY_UTILIZATION if gpu_memory_utilization is None else gpu_memory_utilization
         check_gpu_memory_utilization(share)
-        decoder.requires_grad_(False)
-        if quantization is not None:
-            decoder.make_head()
-            quantize(decoder, quantization)
-        elif decoder.device.type == "cpu" and not enforce_eager:
-            decoder.make_head()
-            pack(decoder)
-        context = decoder.config.max_position_embeddings
-        if max_model_len is not None and max_model_len > context and decoder.config.positions == "learned":
-            raise ConfigError(f"max_model_len={max_model_len} is more than the {context} positions that the model has")
-        self.max_model_len = context if max_model_len is None else max_model_len
-        sizes = SchedulerConfig(max_num_seqs, max_num_batched_tokens, self.max_model_len)
-        backend = choose_backend(attention_backend, decoder.device, decoder.dtype)
-        graphs = backend.name == "triton" and not enforce_eager
+        config = RunnerConfig(
+            path=str(path),
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            quantization=quantization,
+            enforce_eager=enforce_eager,
+            attention_backend=attention_backend,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=share,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+        )
+        self._runner: ModelRunner | None = start_runner(config, tensor_parallel_size)
+        if gpu_memory_utilization is not None and self._runner.device.type == "cpu":
+            warnings.warn("gpu_memory_utilization decides nothing on a CPU: kv_cache_memory_bytes does", stacklevel=2)
         self.generation_config = _generation_config(path)
         """What the model's publisher recommends in generation_config.json, by `SamplingParams`' names."""
         self._end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
-        self._sizes = sizes
-        with note_compiling():
-            num_blocks = num_gpu_blocks_override
-            if num_blocks is None:
-                room = num_kv_blocks(
-                    decoder,
-                    block_size,
-                    sizes,
-                    backend,
-                    kv_cache_memory_bytes=kv_cache_memory_bytes,
-                    gpu_memory_utilization=share,
-                    graphs=graphs,
-                )
-                _check_context(self.max_model_len, room * block_size)
-                num_blocks = room
-                if kv_cache_memory_bytes is None and decoder.device.type == "cpu":
-                    num_blocks = min(room, max_num_seqs * -(-self.max_model_len // block_size))
-            self._pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
-            self._runner: ModelRunner | None = ModelRunner(decoder, num_blocks, block_size, sizes, backend)
-            self._runner.prepare()
-            if graphs:
-                self._runner.record_graphs(ladder(max_num_seqs))
+        self._sizes = self._runner.sizes
+        self.max_model_len = self._sizes.max_model_len
+        self._pool = BlockPool(self._runner.kv.num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         self.trace = Trace() if trace else None
         self.engine = Engine(
-            Scheduler(sizes, self._pool),
+            Scheduler(self._sizes, self._pool),
             self._runner,
             Sampler(self._end_ids, self._decode_one),
-            vocab_size=decoder.config.vocab_size,
+            vocab_size=self._runner.decoder.config.vocab_size,
             end_ids=self._end_ids,
             tokenizer=self._tokenizer,
             seed=seed,
@@ -491,27 +477,12 @@ def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def _refuse(unknown: Mapping[str, Any], tensor_parallel_size: int, quantization: str | None) -> None:
+def _refuse(unknown: Mapping[str, Any], quantization: str | None) -> None:
     """Raise for arguments that cannot be honoured."""
     if unknown:
         raise ConfigError(f"LLM does not have {', '.join(sorted(unknown))}: leave it out (help(LLM) lists what it has)")
-    if tensor_parallel_size != 1:
-        raise ConfigError(
-            f"tensor_parallel_size={tensor_parallel_size}: only 1 is possible; where memory is short, choose a smaller "
-            "model, dtype='bfloat16' or a GGUF file, or lower max_model_len"
-        )
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-
-
-def _check_context(max_model_len: int, room: int) -> None:
-    """Raise where not even one sequence of full length fits."""
-    if max_model_len > room:
-        raise OutOfMemoryError(
-            f"a sequence of max_model_len={max_model_len} tokens does not fit into the {room} for which there is "
-            f"memory: set max_model_len={room} or lower, or raise kv_cache_memory_bytes (on a GPU, "
-            "gpu_memory_utilization)"
-        )
 
 
 def _generation_config(path: Path) -> dict[str, Any]:

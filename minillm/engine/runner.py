@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minillm.cache.backends import REFERENCE, AttentionBackend
@@ -22,6 +22,7 @@ from minillm.cache.block_table import BlockTable, Copy
 from minillm.cache.paged import PagedBatch, PagedKVCache
 from minillm.cache.reference import NO_SLOT
 from minillm.engine.cuda_graphs import DecodeGraphs, ladder
+from minillm.engine.parallel import Leader
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Schedule, SchedulerConfig
 from minillm.errors import ConfigError, OutOfMemoryError
@@ -74,6 +75,9 @@ class ModelRunner:
         num_blocks: blocks of keys and values.
         sizes: how much a step may hold.
         backend: who does paged attention.
+
+    Attributes:
+        leader: sends this rank's steps to the others, where it is rank 0 of several.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class ModelRunner:
         self.decoder = decoder
         self.device = decoder.device
         self.sizes = sizes
+        self.leader: Leader | None = None
         self.kv = PagedKVCache(
             decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=self.device, backend=backend
         )
@@ -161,19 +166,38 @@ class ModelRunner:
 
     def run(self, batch: PagedBatch) -> Float[Tensor, "tokens hidden"]:
         """The last layer's output for a batch whose tokens and positions are in the input tensors."""
-        self.kv.begin(batch)
         count = len(batch.slot_mapping)
-        return self.decoder.hidden(self.tokens[:count], self.positions[:count], self.kv)
+        tokens, positions = self.tokens[:count], self.positions[:count]
+        if self.leader is None:
+            return self._run(tokens, positions, batch)
+        with self.leader.turn():
+            self.leader.send_batch(tokens, positions, batch)
+            return self._run(tokens, positions, batch)
+
+    def _run(
+        self, tokens: Int[Tensor, "tokens"], positions: Int[Tensor, "tokens"], batch: PagedBatch
+    ) -> Float[Tensor, "tokens hidden"]:
+        self.kv.begin(batch)
+        return self.decoder.hidden(tokens, positions, self.kv)
 
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Scores of the next token, in float32."""
-        return self.decoder.logits(hidden).float()
+        if self.leader is None:
+            return self.decoder.logits(hidden).float()
+        with self.leader.turn():
+            self.leader.send_hidden(hidden)
+            return self.decoder.logits(hidden).float()
+
+    def check(self) -> None:
+        """Raise RankError where another rank has died."""
+        if self.leader is not None:
+            self.leader.check()
 
     def _fill_inputs(self, chunks: Sequence[Chunk]) -> PagedBatch:
         """Write down a step in the input tensors."""
-        _fill(self.tokens, [token for chunk in chunks for token in chunk.tokens])
-        _fill(self.positions, [at for chunk in chunks for at in range(chunk.start, chunk.start + len(chunk.tokens))])
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        positions = [at for chunk in chunks for at in range(chunk.start, chunk.start + len(chunk.tokens))]
         slots: list[int] = []
         starts = [0]
         for chunk in chunks:
@@ -182,16 +206,38 @@ class ModelRunner:
             starts.append(starts[-1] + len(chunk.tokens))
         width = max(len(chunk.table.blocks) for chunk in chunks)
         rows = [chunk.table.blocks + [0] * (width - len(chunk.table.blocks)) for chunk in chunks]
-        tables = self._block_tables[: len(rows), :width]
-        tables.copy_(torch.tensor(rows))
         lengths = [chunk.start + len(chunk.tokens) for chunk in chunks]
+        return self.fill(
+            *(torch.tensor(numbers) for numbers in (tokens, positions, slots, starts, lengths, rows)),
+            max_query_len=max(len(chunk.tokens) for chunk in chunks),
+            copies=[copy for chunk in chunks for copy in chunk.copies],
+        )
+
+    def fill(
+        self,
+        tokens: Int[Tensor, "tokens"],
+        positions: Int[Tensor, "tokens"],
+        slots: Int[Tensor, "tokens"],
+        query_starts: Int[Tensor, "sequences_plus_one"],
+        seq_lens: Int[Tensor, "sequences"],
+        block_tables: Int[Tensor, "sequences blocks"],
+        *,
+        max_query_len: int,
+        copies: Sequence[Copy],
+    ) -> PagedBatch:
+        """Write a step's numbers into the input tensors."""
+        _fill(self.tokens, tokens)
+        _fill(self.positions, positions)
+        sequences, width = block_tables.shape
+        tables = self._block_tables[:sequences, :width]
+        tables.copy_(block_tables)
         return PagedBatch(
             _fill(self._slots, slots),
-            _fill(self._query_starts, starts),
-            _fill(self._seq_lens, lengths),
+            _fill(self._query_starts, query_starts),
+            _fill(self._seq_lens, seq_lens),
             tables,
-            max(len(chunk.tokens) for chunk in chunks),
-            [copy for chunk in chunks for copy in chunk.copies],
+            max_query_len,
+            copies,
         )
 
     def prepare(self) -> None:
@@ -226,7 +272,9 @@ class ModelRunner:
         draw(probabilities, torch.rand(len(logits), device=self.device))
 
     def close(self) -> None:
-        """Give weights, keys and values back."""
+        """Give weights, keys and values back; other ranks end."""
+        if self.leader is not None:
+            self.leader.close()
         del self.decoder, self.kv, self._graphs, self.tokens, self.positions, self._slots
         del self._query_starts, self._seq_lens, self._block_tables
         if self.device.type == "cuda":
@@ -249,10 +297,10 @@ def _note_compiling() -> None:
         print("preparing kernels for this machine; what is compiled is kept on disk", file=sys.stderr)
 
 
-def _fill(buffer: Tensor, values: Sequence[int]) -> Tensor:
+def _fill(buffer: Tensor, values: Tensor) -> Tensor:
     """The buffer's beginning, holding these values."""
     part = buffer[: len(values)]
-    part.copy_(torch.tensor(values, dtype=buffer.dtype))
+    part.copy_(values)
     return part
 
 

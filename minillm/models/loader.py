@@ -19,6 +19,7 @@ from minillm.models.registry import family_of
 from minillm.models.source import resolve
 from minillm.text import read_json, some
 from minillm.transformer.decoder import Decoder, DecoderConfig
+from minillm.transformer.parallel import Ranks, cut_of
 
 _DTYPES = {
     "float32": torch.float32,
@@ -29,13 +30,20 @@ _DTYPES = {
 }
 
 
-def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Decoder:
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    ranks: Ranks | None = None,
+) -> Decoder:
     """The decoder that `name` stands for, with its weights, ready to generate.
 
     Args:
         name: a local folder or ``.gguf`` file, a hub id (``Qwen/Qwen3-0.6B``), or a short name (``smollm2-135m``).
         dtype: of weights and computation; "auto" takes half precision where the device computes in it, else float32.
         device: "auto" takes CUDA when there is one.
+        ranks: load this rank's part only.
 
     Raises:
         ModelNotFoundError, DownloadError: when `name` leads nowhere.
@@ -44,19 +52,26 @@ def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto", device: s
     """
     place = resolve_device(device)
     path = resolve(name)
+    family, config, published = read_decoder_config(path)
+    decoder = empty_decoder(config, resolve_dtype(dtype, published, place), place, ranks)
+    tensors = iterate_weights(path)
     if path.suffix == ".gguf":
-        family, config = gguf_config(path)
         names = gguf_names(path, family, config.num_layers)
-        decoder = empty_decoder(config, resolve_dtype(dtype, "float16", place), place)
         tensors = ((names.get(name, name), tensor) for name, tensor in iterate_gguf(path))
-        load_weights(decoder, family, tensors)
-    else:
-        raw = read_config(path)
-        family, config = translate(raw)
-        published = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        decoder = empty_decoder(config, resolve_dtype(dtype, published, place), place)
-        load_weights(decoder, family, iterate_weights(path))
+    load_weights(decoder, family, tensors)
     return decoder.eval()
+
+
+def read_decoder_config(path: Path) -> tuple[Family, DecoderConfig, str]:
+    """The family, the decoder's configuration and the published dtype of a model folder or ``.gguf`` file.
+
+    Raises:
+        UnsupportedModelError, ConfigError: it is not something that minillm runs.
+    """
+    if path.suffix == ".gguf":
+        return *gguf_config(path), "float16"
+    raw = read_config(path)
+    return *translate(raw), raw.get("dtype") or raw.get("torch_dtype") or "float32"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -141,10 +156,12 @@ def cpu_has_bfloat16() -> bool:
     return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
 
 
-def empty_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """A decoder whose parameters are allocated and not yet filled."""
+def empty_decoder(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks | None = None
+) -> Decoder:
+    """A decoder, or a rank's part of it, whose parameters are allocated and not yet filled."""
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = Decoder(config, ranks)
     shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
     try:
         # Not to_empty(): from the meta device it imports a second of PyTorch's compiler.
@@ -160,11 +177,28 @@ def empty_decoder(config: DecoderConfig, dtype: torch.dtype, device: torch.devic
 
 @dataclass
 class _Slot:
-    """Where one published tensor goes."""
+    """Where one published tensor goes.
+
+    Attributes:
+        shape: of the published tensor.
+        rows, columns: of it that are kept; None is all.
+    """
 
     target: Tensor
     transposed: bool
+    shape: tuple[int, ...]
+    rows: tuple[range, ...] | None = None
+    columns: tuple[range, ...] | None = None
     filled: bool = False
+
+    def kept(self, block: Tensor, first: int) -> Tensor:
+        """What is kept of a block of the published tensor's rows, whose first row is `first`."""
+        if self.rows is not None:
+            ends = [(max(rows.start - first, 0), max(rows.stop - first, 0)) for rows in self.rows]
+            block = torch.cat([block[start:end] for start, end in ends]) if ends else block[:0]
+        if self.columns is not None:
+            block = torch.cat([block[:, columns.start : columns.stop] for columns in self.columns], dim=1)
+        return block
 
 
 def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, StoredTensor]]) -> None:
@@ -194,28 +228,32 @@ def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, 
             f"the checkpoint does not fit its config as {family.architectures[0]}: weights {'; '.join(problems)}"
         )
     if tied_head is not None:
-        _check_tied(decoder.embedding.weight.data, tied_head)
+        embedding = next(name for name, ours in family.weights.items() if ours == "embedding")
+        _check_tied(slots[f"{embedding}.weight"], tied_head)
 
 
 def _fill(slot: _Slot, name: str, tensor: StoredTensor) -> None:
+    if tensor.shape != slot.shape:
+        raise CheckpointError(f"weight {name} has shape {list(tensor.shape)}; its config says {list(slot.shape)}")
     target = slot.target.T if slot.transposed and slot.target.ndim == 2 else slot.target
-    if tensor.shape != target.shape:
-        raise CheckpointError(f"weight {name} has shape {list(tensor.shape)}; its config says {list(target.shape)}")
-    row = 0
+    read = filled = 0
     for block in tensor.blocks():
-        target[row : row + len(block)].copy_(block)
-        row += len(block)
+        kept = slot.kept(block, read)
+        target[filled : filled + len(kept)].copy_(kept)
+        read, filled = read + len(block), filled + len(kept)
+    target[filled:].zero_()  # a rank's places behind the vocabulary's end, and biases that another rank adds
     slot.filled = True
 
 
-def _check_tied(embedding: Tensor, head: StoredTensor) -> None:
+def _check_tied(embedding: _Slot, head: StoredTensor) -> None:
     """Raise when a head that the config calls tied is stored and is not the embedding."""
-    row = 0
+    read = filled = 0
     for block in head.blocks() if head.shape == embedding.shape else ():
-        if not torch.equal(embedding[row : row + len(block)], block.to(embedding)):
+        kept = embedding.kept(block, read)
+        if not torch.equal(embedding.target[filled : filled + len(kept)], kept.to(embedding.target)):
             break
-        row += len(block)
-    if row != len(embedding):
+        read, filled = read + len(block), filled + len(kept)
+    if read != embedding.shape[0]:
         raise CheckpointError(
             "config.json ties the output head to the embedding, and the checkpoint holds a head that differs from it: "
             'set "tie_word_embeddings": false in config.json to use the stored head'
@@ -225,14 +263,34 @@ def _check_tied(embedding: Tensor, head: StoredTensor) -> None:
 def _slots(decoder: Decoder, family: Family) -> dict[str, _Slot]:
     """Published name (prefix stripped) → the parameter or part of one that it fills."""
     parameters = dict(decoder.named_parameters())
+    whole = parameters
+    if decoder.ranks is not None:
+        with torch.device("meta"):
+            whole = dict(Decoder(decoder.whole_config).named_parameters())
     slots = {}
     for published, ours, transposed in family.expand(decoder.config.num_layers):
         module, _, part = ours.removesuffix("]").partition("[")
         for end in ("weight", "bias"):
-            parameter = parameters.get(f"{module}.{end}")
-            if parameter is not None:
-                slots[f"{published}.{end}"] = _Slot(_part(parameter.data, part, decoder.config), transposed)
+            name = f"{module}.{end}"
+            if name in parameters:
+                target = _part(parameters[name].data, part, decoder.config)
+                shape = tuple(_part(whole[name], part, decoder.whole_config).shape)
+                slot = _Slot(target, transposed, shape[::-1] if transposed else shape)
+                if decoder.ranks is not None:
+                    _cut(slot, module, part, decoder.whole_config, decoder.ranks)
+                slots[f"{published}.{end}"] = slot
     return slots
+
+
+def _cut(slot: _Slot, module: str, part: str, config: DecoderConfig, ranks: Ranks) -> None:
+    """Let the slot keep this rank's part."""
+    rows, columns = cut_of(module, part, config, ranks.rank, ranks.size)
+    if slot.target.ndim == 2:
+        slot.rows, slot.columns = (columns, rows) if slot.transposed else (rows, columns)
+    elif columns is not None and ranks.rank > 0:
+        slot.rows = ()  # the outputs of all ranks are summed up: one of them adds the bias
+    else:
+        slot.rows = rows
 
 
 def published_weights(decoder: Decoder, family: Family) -> dict[str, Tensor]:

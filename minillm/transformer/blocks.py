@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minillm.transformer.kv import KVStore
 from minillm.transformer.multi_head import CrossAttention, MultiHeadAttention
+from minillm.transformer.parallel import Ranks
 from minillm.transformer.positions import Rotation
 
 NormPlacement = Literal["pre", "post", "sandwich"]
@@ -26,12 +27,20 @@ class ResidualNorm(nn.Module):
     - post: norm(x + f(x))
     - sandwich: x + out_norm(f(norm(x)))
 
-    Dropout falls on f's output, before it is added (Vaswani et al. 2017, §5.4).
+    Dropout falls on f's output, before it is added (Vaswani et al. 2017, §5.4). Where each of several ranks computes a
+    part of f, the output is their sum.
     """
 
-    def __init__(self, placement: NormPlacement, make_norm: Callable[[], nn.Module], dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        placement: NormPlacement,
+        make_norm: Callable[[], nn.Module],
+        dropout: float = 0.0,
+        ranks: Ranks | None = None,
+    ) -> None:
         super().__init__()
         self.placement = placement
+        self.ranks = ranks
         self.norm = make_norm()
         self.out_norm = make_norm() if placement == "sandwich" else None
         self.dropout = nn.Dropout(dropout) if dropout else None
@@ -39,12 +48,16 @@ class ResidualNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "*tokens hidden"], sublayer: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "*tokens hidden"]:
-        out = sublayer(x if self.placement == "post" else self.norm(x))
+        out = self.finish(sublayer(x if self.placement == "post" else self.norm(x)))
+        return self.norm(x + out) if self.placement == "post" else x + out
+
+    def finish(self, out: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
+        """What is added to the residual stream, of a sublayer's output (or a rank's part of it)."""
+        if self.ranks is not None:
+            out = self.ranks.all_reduce(out)
         if self.dropout is not None:
             out = self.dropout(out)
-        if self.placement == "post":
-            return self.norm(x + out)
-        return x + (out if self.out_norm is None else self.out_norm(out))
+        return out if self.out_norm is None else self.out_norm(out)
 
 
 class TransformerBlock(nn.Module):
@@ -60,12 +73,13 @@ class TransformerBlock(nn.Module):
         placement: NormPlacement,
         make_norm: Callable[[], nn.Module],
         dropout: float = 0.0,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.attention = attention
         self.feed_forward = feed_forward
-        self.attention_norm = ResidualNorm(placement, make_norm, dropout)
-        self.feed_forward_norm = ResidualNorm(placement, make_norm, dropout)
+        self.attention_norm = ResidualNorm(placement, make_norm, dropout, ranks)
+        self.feed_forward_norm = ResidualNorm(placement, make_norm, dropout, ranks)
 
     def forward(
         self, x: Float[Tensor, "*tokens hidden"], rotation: Rotation | None, kv: KVStore

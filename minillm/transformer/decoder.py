@@ -24,6 +24,7 @@ from minillm.transformer.feed_forward import ACTIVATIONS, FeedForward, GatedFeed
 from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch
 from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.norms import LayerNorm, RMSNorm
+from minillm.transformer.parallel import Ranks, VocabParallelEmbedding, shard_config
 from minillm.transformer.positions import (
     LearnedPositions,
     RotaryConfig,
@@ -121,13 +122,28 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits of the next token out; works on ``[batch, seq]`` and on a flat ``[tokens]`` alike."""
+    """Token ids in, logits of the next token out; works on ``[batch, seq]`` and on a flat ``[tokens]`` alike.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    Args:
+        config: of the whole model.
+        ranks: where each of several ranks holds a part of it: heads, feed-forward units and vocabulary are divided.
+
+    Attributes:
+        whole_config: of the whole model.
+        config: of what is held here, which is what a key/value store must know.
+    """
+
+    def __init__(self, config: DecoderConfig, ranks: Ranks | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.ranks = ranks
+        self.whole_config = config
+        self.config = config = config if ranks is None else shard_config(config, ranks.size)
         embedding_size = config.embedding_size or config.hidden_size
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, embedding_size), freeze=False)
+        self.embedding = (
+            nn.Embedding.from_pretrained(torch.empty(config.vocab_size, embedding_size), freeze=False)
+            if ranks is None
+            else VocabParallelEmbedding(config.vocab_size, embedding_size, ranks)
+        )
         self.project_in: nn.Linear | None = None
         self.project_out: nn.Linear | None = None
         if embedding_size != config.hidden_size:
@@ -139,11 +155,11 @@ class Decoder(nn.Module):
                 config.max_position_embeddings, config.hidden_size, config.position_offset
             )
         self.rotaries = {layer.rotary: RotaryEmbedding(layer.rotary) for layer in config.layers if layer.rotary}
-        self.layers = nn.ModuleList(_make_block(config, number) for number in range(config.num_layers))
+        self.layers = nn.ModuleList(_make_block(config, number, ranks) for number in range(config.num_layers))
         self.final_norm = _make_norm(config) if config.final_norm else None
         self._fuses = fused.fuses(cast("Iterable[TransformerBlock]", self.layers), self.final_norm)
         self.head: nn.Module | None = (
-            None if config.tied_head else nn.Linear(embedding_size, config.vocab_size, bias=False)
+            None if config.tied_head else nn.Linear(embedding_size, self.embedding.num_embeddings, bias=False)
         )
         if self.device.type != "meta":
             self.reset_parameters()
@@ -209,6 +225,8 @@ class Decoder(nn.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         logits = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        if self.ranks is not None:
+            logits = self.ranks.all_gather(logits)[..., : self.config.vocab_size]
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -244,7 +262,7 @@ def _make_norm(config: DecoderConfig) -> nn.Module:
     return RMSNorm(config.hidden_size, config.norm_eps, config.norm_weight_offset)
 
 
-def _make_block(config: DecoderConfig, number: int) -> TransformerBlock:
+def _make_block(config: DecoderConfig, number: int, ranks: Ranks | None) -> TransformerBlock:
     attention = MultiHeadAttention(
         config.hidden_size,
         config.num_heads,
@@ -260,4 +278,4 @@ def _make_block(config: DecoderConfig, number: int) -> TransformerBlock:
     feed_forward = make_feed_forward(
         config.hidden_size, config.intermediate_size, config.activation, bias=config.feed_forward_bias
     )
-    return TransformerBlock(attention, feed_forward, config.norm_placement, partial(_make_norm, config))
+    return TransformerBlock(attention, feed_forward, config.norm_placement, partial(_make_norm, config), ranks=ranks)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minillm.transformer.blocks import ResidualNorm, TransformerBlock
+from minillm.transformer.blocks import TransformerBlock
 from minillm.transformer.kv import FusedStore, KVStore
 from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.norms import RMSNorm
@@ -49,9 +49,9 @@ def run_layers(
     out: Tensor | None = None
     for layer, rotation in layers:
         normed = _add(x, out, layer.attention_norm.norm)
-        out = _out(layer.attention_norm, _attend(layer.attention, normed, rotation, kv))
+        out = layer.attention_norm.finish(_attend(layer.attention, normed, rotation, kv))
         normed = _add(x, out, layer.feed_forward_norm.norm)
-        out = _out(layer.feed_forward_norm, layer.feed_forward(normed))
+        out = layer.feed_forward_norm.finish(layer.feed_forward(normed))
     return _add(x, out, final_norm)
 
 
@@ -59,10 +59,6 @@ def _add(x: Tensor, out: Tensor | None, norm: nn.Module) -> Tensor:
     """Add to the residual stream what waited for it; its norm."""
     assert isinstance(norm, RMSNorm), "fuses() is asked first"
     return norm(x) if out is None else norm.add(x, out)
-
-
-def _out(norms: ResidualNorm, out: Tensor) -> Tensor:
-    return out if norms.out_norm is None else norms.out_norm(out)
 
 
 def _attend(

@@ -1,0 +1,258 @@
+"""Several processes that run one model: who they are, how they start, how they speak, and how they end.
+
+On one machine rank 0 starts the others (`python -m minillm.engine.rank`); across machines `torchrun` starts all of
+them. They speak through `torch.distributed`: gloo between CPUs, NCCL between GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
+from minillm.errors import ConfigError, RankError
+
+START_SECONDS = 1800.0
+"""How long ranks wait for each other while they load."""
+STEP_SECONDS = 60.0
+"""How long a rank waits for another within a step; after that the other one is taken for dead."""
+BEAT_SECONDS = 15.0
+"""How often rank 0 lets the others know that it is there, when there is nothing to do."""
+LOOK_SECONDS = 0.5
+"""How often rank 0 looks whether the processes that it started are alive."""
+LAST_SECONDS = 10.0
+"""How long a step may still wait when a rank is known to be dead."""
+
+
+@dataclass
+class Traffic:
+    """What this rank has put into collectives: how often, and bytes of its tensors."""
+
+    all_reduces: int = 0
+    all_reduce_bytes: int = 0
+    all_gathers: int = 0
+    all_gather_bytes: int = 0
+    broadcasts: int = 0
+    broadcast_bytes: int = 0
+
+
+class DistributedRanks:
+    """`Ranks` by `torch.distributed`. Every error of a collective is a `RankError`."""
+
+    def __init__(self, rank: int, size: int, store: Store | None, device: str) -> None:
+        self.rank = rank
+        self.size = size
+        self.traffic = Traffic()
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        patience = timedelta(seconds=START_SECONDS)
+        with self._others():
+            if store is None:  # torchrun's environment says where to meet
+                dist.init_process_group(backend, timeout=patience)
+            else:
+                dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
+            self._group = dist.group.WORLD
+
+    def begin_work(self) -> None:
+        """Loading is over: from now on nobody waits longer than `STEP_SECONDS`."""
+        with self._others():
+            self._group = dist.new_group(timeout=timedelta(seconds=STEP_SECONDS))
+
+    def all_reduce(self, x: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens hidden"]:
+        self.traffic.all_reduces += 1
+        self.traffic.all_reduce_bytes += x.nbytes
+        x = x.contiguous()
+        with self._others():
+            dist.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather(self, x: Float[Tensor, "*tokens part"]) -> Float[Tensor, "*tokens whole"]:
+        self.traffic.all_gathers += 1
+        self.traffic.all_gather_bytes += x.nbytes
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        with self._others():
+            dist.all_gather(parts, x, group=self._group)
+        return torch.cat(parts, dim=-1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, on every rank."""
+        self.traffic.broadcasts += 1
+        self.traffic.broadcast_bytes += x.nbytes
+        with self._others():
+            dist.broadcast(x, 0, group=self._group)
+        return x
+
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers."""
+        told = torch.tensor(number)
+        with self._others():
+            dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group)
+        return int(told)
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _others(self) -> Iterator[None]:
+        """Turn what a collective raises when another rank does not answer into a RankError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(f"rank {self.rank} of {self.size} lost the others: {str(error).splitlines()[0]}") from error
+
+
+class Crew:
+    """The processes of the other ranks, started by rank 0 on this machine.
+
+    Args:
+        size: how many ranks there are, this one among them.
+        arguments: for `rank.main`, as JSON.
+        device: "cpu" or "cuda".
+
+    Attributes:
+        error: what has become of a rank that has ended by itself.
+    """
+
+    def __init__(self, size: int, arguments: Mapping[str, Any], device: str) -> None:
+        self.error: RankError | None = None
+        self._closed = False
+        self._waits_since: float | None = None
+        self.store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, self._threads // size))
+        arguments = {**arguments, "threads": torch.get_num_threads()}
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "minillm.engine.rank", str(rank), str(size), str(self.store.port), device],
+                stdin=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(1, size)
+        ]
+        for process in self._processes:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(arguments) + "\n")
+                process.stdin.flush()  # it stays open: its end tells the rank that rank 0 has died
+        threading.Thread(target=self._look, name="ranks", daemon=True).start()
+
+    def wait_for_all(self) -> None:
+        """Wait until every process has come so far that it can be spoken to.
+
+        Raises:
+            RankError: one has ended before.
+        """
+        names = [here(rank) for rank in range(1, len(self._processes) + 1)]
+        while not self.store.check(names):
+            self.check()
+            time.sleep(LOOK_SECONDS / 10)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """This process may be waiting for the others inside.
+
+        Raises:
+            RankError: a rank has ended.
+        """
+        self.check()
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        except RankError as error:
+            # A collective notices an end before its process is gone.
+            deadline = time.monotonic() + LAST_SECONDS
+            while not self._find_dead() and time.monotonic() < deadline and "closed" in str(error):
+                time.sleep(LOOK_SECONDS / 10)
+            self.error = self.error or error
+            self.kill()
+            raise self.error from error
+        finally:
+            self._waits_since = None
+
+    def check(self) -> None:
+        """Raise the RankError of a rank that has ended."""
+        if self.error is not None:
+            self.kill()
+            raise self.error
+
+    def close(self) -> None:
+        """Wait for the processes, which have been told to end."""
+        self._closed = True
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes at once."""
+        self._closed = True
+        torch.set_num_threads(self._threads)
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+
+    def _find_dead(self) -> bool:
+        """Whether a rank has ended by itself; `error` then tells of the first."""
+        for rank, process in enumerate(self._processes, 1):
+            status = process.poll()
+            if status is not None and not self._closed and self.error is None:
+                how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+                self.error = RankError(f"rank {rank} {how}: the model cannot go on without its part; start again")
+        return self.error is not None
+
+    def _look(self) -> None:
+        """Notice ranks that end; where rank 0 hangs in a step because of that, end it."""
+        while not self._closed:
+            since = self._waits_since
+            if self._find_dead() and since is not None and time.monotonic() - since > STEP_SECONDS + LAST_SECONDS:
+                print(f"minillm: {self.error}; a step has not come back", file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(LOOK_SECONDS)
+
+
+def torchrun_rank() -> tuple[int, int] | None:
+    """This process's rank and how many there are, where `torchrun` has started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def here(rank: int) -> str:
+    """The key under which a started process says that it is there."""
+    return f"rank {rank} is here"
+
+
+def check_ranks(size: int, device: str) -> None:
+    """Raise ConfigError where so many ranks cannot be."""
+    if not dist.is_available():
+        raise ConfigError("this PyTorch has no torch.distributed: tensor_parallel_size must be 1")
+    if dist.is_initialized():
+        raise ConfigError("torch.distributed is in use in this process already: close the other parallel model first")
+    run = torchrun_rank()
+    if run is not None and run[1] != size:
+        raise ConfigError(f"torchrun started {run[1]} ranks, and tensor_parallel_size={size}: they must be equal")
+    if device == "cuda" and run is None and torch.cuda.device_count() < size:
+        raise ConfigError(
+            f"tensor_parallel_size={size} and {torch.cuda.device_count()} GPUs here: take fewer ranks, start them on "
+            "several machines with torchrun, or use device='cpu'"
+        )
