@@ -9,7 +9,7 @@ twice, when the outputs of its two sublayers are summed up.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ MOST_RANKS = 64
 """Numbers of ranks that an error message looks through."""
 
 
+@runtime_checkable
 class Ranks(Protocol):
     """This rank's place among all, and how they speak; every rank calls the same in the same order."""
 
