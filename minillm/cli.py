@@ -297,6 +297,15 @@ PrefixCaching = Annotated[
 Attention = Annotated[
     str, typer.Option("--attention-backend", help="auto, numba (CPU), triton (CUDA) or reference (anywhere).")
 ]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        "-tp",
+        min=1,
+        help="Divide the model among so many processes, on CUDA a GPU for each; torchrun may start them.",
+    ),
+]
 EnforceEager = Annotated[
     bool, typer.Option("--enforce-eager", help="No CUDA graphs; on a CPU, weights are not laid out for its products.")
 ]
@@ -316,6 +325,7 @@ ENGINE_ARGUMENTS = (
     "enable_prefix_caching",
     "attention_backend",
     "enforce_eager",
+    "tensor_parallel_size",
 )
 """Options of serve, throughput and latency that are arguments of `LLM`."""
 
@@ -352,6 +362,7 @@ def bench_throughput(
     enable_prefix_caching: PrefixCaching = True,
     attention_backend: Attention = "auto",
     enforce_eager: EnforceEager = False,
+    tensor_parallel_size: TensorParallelSize = 1,
     debug: Debug = False,
 ) -> None:
     """Requests and tokens a second, of many requests at once."""
@@ -384,6 +395,7 @@ def bench_latency(
     enable_prefix_caching: PrefixCaching = False,
     attention_backend: Attention = "auto",
     enforce_eager: EnforceEager = False,
+    tensor_parallel_size: TensorParallelSize = 1,
     debug: Debug = False,
 ) -> None:
     """Seconds that one batch takes: mean and percentiles."""
@@ -578,6 +590,7 @@ def serve(
     enable_prefix_caching: PrefixCaching = True,
     attention_backend: Attention = "auto",
     enforce_eager: EnforceEager = False,
+    tensor_parallel_size: TensorParallelSize = 1,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Accepted; no code from a model is ever executed.")
     ] = False,

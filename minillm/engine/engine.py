@@ -36,6 +36,9 @@ class Runner(Protocol):
 
     def compute(self, step: Schedule) -> StepLogits: ...
 
+    def check(self) -> None:
+        """Raise what keeps it from computing another step."""
+
     def close(self) -> None: ...
 
 
@@ -151,6 +154,14 @@ class Engine:
         self.scheduler.add(requests[0])
         detokenizers = [self._detokenizer(request) for request in requests]
         self._answers[request_id] = _Answers(request_id, prompt, params, requests, detokenizers, [0] * params.n)
+
+    def check(self) -> None:
+        """Raise what keeps the engine from another step; whoever drives it asks now and then while there is none.
+
+        Raises:
+            RankError: one of the processes that run the model together has died.
+        """
+        self.runner.check()
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; return the outputs of the requests that it brought further.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minillm.cache.block_table import Copy
 from minillm.cache.paged import PagedBatch
-from minillm.engine.ranks import BEAT_SECONDS, Crew, DistributedRanks
+from minillm.engine.ranks import BEAT_SECONDS, Crew, DistributedRanks, Traffic
 
 if TYPE_CHECKING:
     from minillm.engine.runner import ModelRunner
@@ -45,8 +45,8 @@ class Leader:
     """
 
     def __init__(self, ranks: DistributedRanks, crew: Crew | None) -> None:
+        self.crew = crew
         self._ranks = ranks
-        self._crew = crew
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -58,13 +58,18 @@ class Leader:
         Raises:
             RankError: one of them has died, or does not answer.
         """
-        with self._lock, contextlib.nullcontext() if self._crew is None else self._crew.waiting():
+        with self._lock, contextlib.nullcontext() if self.crew is None else self.crew.waiting():
             yield
+
+    @property
+    def traffic(self) -> Traffic:
+        """What rank 0 has put into collectives."""
+        return self._ranks.traffic
 
     def check(self) -> None:
         """Raise RankError where a rank has died."""
-        if self._crew is not None:
-            self._crew.check()
+        if self.crew is not None:
+            self.crew.check()
 
     def send_batch(self, tokens: Int[Tensor, "tokens"], positions: Int[Tensor, "tokens"], batch: PagedBatch) -> None:
         """Let the others run this step."""
@@ -98,10 +103,10 @@ class Leader:
             return
         self._closed.set()
         with self._lock, contextlib.suppress(RuntimeError):
-            if self._crew is None or self._crew.error is None:
+            if self.crew is None or self.crew.error is None:
                 self._send(Command.STOP)
-        if self._crew is not None:
-            self._crew.close()
+        if self.crew is not None:
+            self.crew.close()
         self._ranks.close()
 
     def _send(self, *numbers: int) -> None:

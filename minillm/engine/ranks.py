@@ -113,7 +113,7 @@ class DistributedRanks:
         try:
             yield
         except RuntimeError as error:
-            raise RankError(f"rank {self.rank} of {self.size} lost the others: {str(error).splitlines()[0]}") from error
+            raise RankError(f"another rank does not answer: start again ({str(error).splitlines()[0]})") from error
 
 
 class Crew:
@@ -151,6 +151,11 @@ class Crew:
                 process.stdin.write(json.dumps(arguments) + "\n")
                 process.stdin.flush()  # it stays open: its end tells the rank that rank 0 has died
         threading.Thread(target=self._look, name="ranks", daemon=True).start()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes' numbers, from rank 1 on."""
+        return [process.pid for process in self._processes]
 
     def wait_for_all(self) -> None:
         """Wait until every process has come so far that it can be spoken to.

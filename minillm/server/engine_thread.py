@@ -22,6 +22,9 @@ from minillm.engine.outputs import RequestOutput
 from minillm.engine.params import SamplingParams
 from minillm.errors import EngineDeadError, MinillmError, OverloadedError, ShuttingDownError
 
+CHECK_SECONDS = 1.0
+"""How often an engine that has nothing to do is asked whether it still could."""
+
 Result = TypeVar("Result")
 Listener = Callable[[list[RequestOutput], float], None]
 """Told of a step's outputs, and of what an aborted request had, with the time; in the engine's thread."""
@@ -220,8 +223,12 @@ class EngineThread:
 
     def _obey(self, *, wait: bool) -> None:
         """Do what has been asked; with `wait`, until something is."""
-        if wait:
-            self._inbox.get()()
+        while wait:
+            try:
+                self._inbox.get(timeout=CHECK_SECONDS)()
+                wait = False
+            except queue.Empty:
+                self._engine.check()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._inbox.get_nowait()()

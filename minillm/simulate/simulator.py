@@ -64,6 +64,9 @@ class TimeKeeper:
         self.clock.now += self.cost.seconds(step)
         return StepLogits(torch.empty(sum(part.samples for part in step.scheduled), 0), {})
 
+    def check(self) -> None:
+        """Nothing can fail."""
+
     def close(self) -> None:
         """Nothing to give back."""
 

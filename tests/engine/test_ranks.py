@@ -1,0 +1,149 @@
+"""Models that several processes run together: the same answers, a share of the memory, and an end when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+import transformers
+
+from minillm import LLM, BeamSearchParams, SamplingParams
+from minillm.engine import ranks
+from minillm.errors import ConfigError, RankError
+from tests.helpers import randomise
+from tests.models.families import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["Once upon a time", "Once upon a time there was a cat", "One sunny morning Mia", "Sam"] * 2
+PARAMS = [SamplingParams(temperature=0, max_tokens=24, logprobs=2, prompt_logprobs=1)] * 6
+PARAMS += [SamplingParams(n=3, temperature=0.9, seed=7, max_tokens=24)] * 2
+SIZES = {"dtype": "float32", "device": "cpu", "block_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 24}
+
+
+def answers(llm):
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    beams = llm.beam_search("Tom found a", BeamSearchParams(beam_width=3, max_tokens=8))[0].sequences
+    return [[one.token_ids for one in output.outputs] for output in outputs], [beam.tokens for beam in beams], outputs
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with LLM("tiny", num_gpu_blocks_override=24, max_model_len=64, **SIZES) as llm:
+        found = answers(llm)
+        assert llm.engine.counts.num_preemptions > 0
+        return found
+
+
+def children():
+    return [child for child in psutil.Process().children() if "minillm.engine.rank" in " ".join(child.cmdline())]
+
+
+def test_two_processes_answer_as_one(alone):
+    with LLM("tiny", tensor_parallel_size=2, num_gpu_blocks_override=24, max_model_len=64, **SIZES) as llm:
+        assert len(children()) == 1
+        tokens, beams, outputs = answers(llm)
+        traffic, counts = llm.engine.runner.leader.traffic, llm.engine.counts
+        before, hidden = asdict(traffic), llm.engine.runner.decoder.config.hidden_size
+        llm.generate([[5]], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), use_tqdm=False)
+    assert tokens == alone[0]
+    assert beams == alone[1]
+    assert counts.num_preemptions > 0
+    for mine, right in zip(outputs, alone[2], strict=True):
+        if right.prompt_logprobs is not None:
+            expected = [entry and {t: one.logprob for t, one in entry.items()} for entry in right.prompt_logprobs]
+            got = [entry and {t: one.logprob for t, one in entry.items()} for entry in mine.prompt_logprobs]
+            assert got[0] is None
+            for one, two in zip(got[1:], expected[1:], strict=True):
+                assert one == pytest.approx(two, abs=1e-4)
+    # One token: the embedding's sum, two for each of six layers, and the head's parts.
+    assert traffic.all_reduces - before["all_reduces"] == 1 + 2 * 6
+    assert traffic.all_reduce_bytes - before["all_reduce_bytes"] == (1 + 2 * 6) * hidden * 4
+    assert traffic.all_gathers - before["all_gathers"] == 1
+    assert not children()
+
+
+def test_another_model_after_it_and_quantised(alone):
+    for _ in range(2):
+        with LLM("tiny", tensor_parallel_size=2, quantization="int8", max_model_len=64, **SIZES) as llm:
+            (output,) = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+            assert len(output.outputs[0].token_ids) == 8
+    assert not children()
+
+
+def test_what_cannot_be_divided_is_refused_before_anything_starts(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"4 ranks: tensor_parallel_size may be 1, 2$"):
+        LLM(tmp_path, tensor_parallel_size=4, skip_tokenizer_init=True, device="cpu")
+    with pytest.raises(ConfigError, match="tensor_parallel_size must be a whole number of at least 1"):
+        LLM(tmp_path, tensor_parallel_size=0)
+    assert not children()
+
+
+def test_a_rank_that_cannot_load_is_told_of(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not this")
+    with pytest.raises(Exception, match=r"cannot be read|rank 1 ended with status 1"):
+        LLM(tmp_path, tensor_parallel_size=2, skip_tokenizer_init=True, device="cpu")
+    assert not children()
+
+
+@pytest.mark.parametrize(("sent", "message"), [(signal.SIGKILL, "signal 9"), (signal.SIGSTOP, "does not answer")])
+def test_a_rank_that_dies_or_hangs_ends_every_request(monkeypatch, sent, message):
+    monkeypatch.setattr(ranks, "STEP_SECONDS", 5.0)
+    with LLM("tiny", tensor_parallel_size=2, max_model_len=512, **SIZES) as llm:
+        (child,) = children()
+        threading.Timer(0.5, lambda: os.kill(child.pid, sent)).start()
+        with pytest.raises(RankError, match=message):
+            llm.generate(["Once upon a time"] * 600, SamplingParams(max_tokens=400, ignore_eos=True), use_tqdm=False)
+        with pytest.raises(RankError, match=message):
+            llm.generate("Again", use_tqdm=False)
+    assert not children()
+
+
+def test_no_rank_outlives_rank_0():
+    program = (
+        "from minillm import LLM\n"
+        "llm = LLM('tiny', tensor_parallel_size=2, device='cpu', max_model_len=64)\n"
+        "print(llm.engine.runner.leader.crew.pids, flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        (pid,) = json.loads(process.stdout.readline())
+        assert psutil.pid_exists(pid)
+        process.kill()
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
+    assert not psutil.pid_exists(pid)
+
+
+def test_torchrun_starts_them_as_well(alone, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json\n"
+        "from minillm import LLM, SamplingParams\n"
+        "with LLM('tiny', tensor_parallel_size=2, dtype='float32', device='cpu', max_model_len=64) as llm:\n"
+        "    (output,) = llm.generate('Once upon a time', SamplingParams(temperature=0, max_tokens=24))\n"
+        "print(json.dumps(output.outputs[0].token_ids))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        timeout=120,
+        check=True,
+        text=True,
+    )
+    assert [json.loads(line) for line in ran.stdout.splitlines()] == [alone[0][0][0]]  # from rank 0 alone
