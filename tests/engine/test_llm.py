@@ -531,7 +531,7 @@ def test_a_parameter_changed_afterwards_is_looked_at_again(llm):
 @pytest.mark.parametrize(
     ("options", "kind", "told"),
     [
-        ({"tensor_parallel_size": 2}, ConfigError, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 5}, ConfigError, "tensor_parallel_size may be 1, 2"),
         ({"block_size": 0}, ConfigError, "block_size must be a whole number"),
         ({"max_num_seqs": 2.5}, ConfigError, "max_num_seqs"),
         ({"kv_cache_memory_bytes": "1GiB"}, ConfigError, "kv_cache_memory_bytes"),

@@ -53,10 +53,13 @@ def test_the_first(path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_second(path):
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_second(path, tp_size):
     model = path
     tokenizer = get_tokenizer(model)
-    llm = LLM(model=model, tensor_parallel_size=1, max_model_len=32768, trust_remote_code=True, enforce_eager=True)
+    llm = LLM(
+        model=model, tensor_parallel_size=tp_size, max_model_len=32768, trust_remote_code=True, enforce_eager=True
+    )
     stop_token_ids = [151329, 151336, 151338]
     sampling_params = SamplingParams(temperature=0.95, max_tokens=1024, stop_token_ids=stop_token_ids)
     prompt = [{"role": "user", "content": "你好"}]
@@ -68,8 +71,3 @@ def test_the_second(path):
     assert outputs[0].prompt_token_ids == ids
     assert ids.count(ids[0]) == 1
     llm.close()
-
-
-def test_two_devices_are_refused_with_what_to_do(path):
-    with pytest.raises(ValueError, match="tensor_parallel_size"):
-        LLM(model=path, tensor_parallel_size=2)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from minillm import LLM
@@ -332,6 +333,21 @@ def test_the_second_sigterm_ends_it_at_once(tmp_path):
         assert not clients.errors
         assert all("the server was stopped" in last for last, _, _ in clients.ends)
         assert "Exception in ASGI application" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_rank_that_dies_ends_every_request_and_the_server(tmp_path, busy):
+    with started(tmp_path / "log", "-tp", "2", "--max-model-len", "512") as (process, url):
+        (rank,) = [child for child in psutil.Process(process.pid).children() if "rank" in " ".join(child.cmdline())]
+        clients = Clients(url, 24 if busy else 0, n=8)
+        rank.kill()
+        assert process.wait(timeout=30) == 1
+        clients.join()
+        assert not clients.errors
+        assert all("rank 1 was ended by signal 9" in last for last, _, _ in clients.ends)
+        assert len(clients.ends) == (24 if busy else 0)
+        assert not rank.is_running()
 
 
 FAILING = """
