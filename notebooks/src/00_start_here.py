@@ -10,8 +10,11 @@
 # - load a real trained model and let it write, with code short enough to read in full;
 # - check your own work, here and in every notebook that follows.
 #
-# **You need** Python and a laptop; no GPU. **New here**: everything, once and quickly; each later notebook takes one
-# part of it apart. **Time**: about 30 minutes (it runs in about SECONDS s on two cores).
+# **You need** Python and a laptop; no GPU.
+#
+# **New here**: everything, once and quickly; each later notebook takes one part of it apart.
+#
+# **Time**: about 30 minutes (it runs in about SECONDS s on two cores).
 #
 # **How to run it.** `make lab` opens JupyterLab on this folder. Click into a cell and press <kbd>Shift</kbd>+
 # <kbd>Enter</kbd>: it runs, and the next one is chosen. Cells depend on those above them, so run them in order; if

@@ -12,9 +12,12 @@
 # - explain why looking up a row is a matrix product, and compute the size of any embedding table;
 # - look for meaning in a table of embeddings, by neighbours and on a map, and say what such a map hides.
 #
-# **You need** Python and the product of two matrices. No GPU. **New here**: notebook [00](00_start_here.ipynb) used
-# tokens as they came; now you make them, and see what a model puts in their place. **Time**: about 60 minutes (it runs
-# in about SECONDS s on two cores).
+# **You need** Python and the product of two matrices. No GPU.
+#
+# **New here**: notebook [00](00_start_here.ipynb) used tokens as they came; now you make them, and see what a model
+# puts in their place.
+#
+# **Time**: about 60 minutes (it runs in about SECONDS s on two cores).
 
 # %%
 import random
@@ -113,7 +116,7 @@ text = "Sam's kite flew away. Oh no!"
 print([word for word, _ in cut(text, regex.compile(GPT2_PATTERN))])
 
 # %% [markdown]
-# From here on, the learner needs to know no more of the stories than how often each word occurs:
+# From here on, no more of the stories is needed than how often each word occurs:
 
 # %%
 counted = count_words(stories, GPT2_PATTERN)
@@ -228,8 +231,8 @@ show_source(encode_word)
 # ### How large should the vocabulary be?
 #
 # The first $n$ merges are by themselves a smaller tokenizer. So we can ask, for every $n$, how many tokens a word needs
-# on average: in new stories, which the learner has not seen, and in a text from another world, the first article of the
-# Universal Declaration of Human Rights.
+# on average: in new stories, which no merge was learned from, and in a text from another world, the first article of
+# the Universal Declaration of Human Rights.
 
 
 # %%

@@ -12,7 +12,10 @@
 # - read a wavelength plot, and say what linear, Llama 3 and YaRN scaling do to it.
 #
 # **You need** notebook [01](01_tokens_and_embeddings.ipynb) (a token is a vector), dot products, sine and cosine. No
-# trained model, no GPU. **New here**: the vectors of notebook 01 know *what* a token is; now they learn *where* it is.
+# trained model, no GPU.
+#
+# **New here**: the vectors of notebook 01 know *what* a token is; now they learn *where* it is.
+#
 # **Time**: about 60 minutes (it runs in about SECONDS s on two cores).
 
 # %%

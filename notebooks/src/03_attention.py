@@ -14,8 +14,12 @@
 # - say from which length on attention costs more than the rest of the model.
 #
 # **You need** notebook [02](02_positions.ipynb) (positions; a first look at queries, keys and values), matrix products.
-# No GPU. **New here**: notebook 02 used the attention layer as a black box; now you open it, and for the first time
-# look into a trained model. **Time**: about 90 minutes (it runs in about SECONDS s on two cores).
+# No GPU.
+#
+# **New here**: notebook 02 used the attention layer as a black box; now you open it, and see what it
+# does in a trained model.
+#
+# **Time**: about 90 minutes (it runs in about SECONDS s on two cores).
 
 # %%
 import random

@@ -11,9 +11,11 @@
 # - account for the parameters of the paper's base model, all 63.1 million;
 # - train a translator, score it, search with it greedily and with beams, and see which words it looked at.
 #
-# **You need** notebooks [01](01_tokens_and_embeddings.ipynb) to [03](03_attention.ipynb). No GPU. **New here**: the
-# layers between which attention stands, attention from one text to another, and training. **Time**: about 90 minutes
-# (it runs in about SECONDS s on two cores).
+# **You need** notebooks [01](01_tokens_and_embeddings.ipynb) to [03](03_attention.ipynb). No GPU.
+#
+# **New here**: the layers between which attention stands, attention from one text to another, and training.
+#
+# **Time**: about 90 minutes (it runs in about SECONDS s on two cores).
 
 # %%
 import dataclasses

@@ -12,8 +12,11 @@
 # - choose between greedy decoding, temperature, top-k, top-p and min-p, knowing what each of them cuts;
 # - explain how a conversation becomes one text.
 #
-# **You need** notebooks [01](01_tokens_and_embeddings.ipynb) to [04](04_encoder_decoder.ipynb). No GPU. **New here**:
-# one text where notebook 04 had two, weights that others have trained, and a choice where search took the best.
+# **You need** notebooks [01](01_tokens_and_embeddings.ipynb) to [04](04_encoder_decoder.ipynb). No GPU.
+#
+# **New here**: one text where notebook 04 had two, weights read from a file, and a next token
+# that is drawn by chance.
+#
 # **Time**: about 90 minutes (it runs in about SECONDS s on two cores).
 
 # %%

@@ -11,11 +11,14 @@
 # - count the arithmetic of a model's pass, and say how much of it is done again without a cache;
 # - explain why keys and values of earlier tokens never change, and why queries need not be kept;
 # - tell from two numbers of a machine whether reading a prompt and writing an answer wait for arithmetic or for memory;
-# - compute the memory of keys and values for any published model, and how many texts fit on a card;
+# - compute the memory of keys and values for any published model, and how many sequences fit on a card;
 # - show how much of it a store wastes that must reserve room for answers of unknown length.
 #
 # **You need** notebooks [03](03_attention.ipynb) (attention) and [05](05_decoder_only.ipynb) (the decoder-only model).
-# No GPU. **New here**: notebooks 00, 04 and 05 used `ContiguousCache` as it came; now you look inside.
+# No GPU.
+#
+# **New here**: notebooks 00, 04 and 05 used `ContiguousCache` as it came; now you look inside.
+#
 # **Time**: about 75 minutes (it runs in about SECONDS s on two cores).
 
 # %%
@@ -629,7 +632,7 @@ except CacheFullError as error:
 #
 # ### Rows of different lengths
 #
-# First, how several texts share one store. A `PaddedBatch` says for each row where it starts and how many of its
+# First, how several sequences share one store. A `PaddedBatch` says for each row where it starts and how many of its
 # tokens are real; shorter rows are padded to a rectangle. Padding is computed along and thrown away; it is never
 # written into the store.
 

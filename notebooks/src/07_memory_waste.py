@@ -14,9 +14,11 @@
 # - explain what follows for the number of requests that run together, for throughput and for waiting;
 # - say what blocks waste, and how that depends on their size.
 #
-# **You need** notebook [06](06_kv_cache.ipynb) (the KV cache). No GPU. **New here**: time. In notebook 06 a memory was
-# looked at once; here it is watched while requests come and go. **Time**: about 60 minutes (it runs in about SECONDS s
-# on two cores).
+# **You need** notebook [06](06_kv_cache.ipynb) (the KV cache). No GPU.
+#
+# **New here**: time. In notebook 06 a memory was looked at once; here it is watched while requests come and go.
+#
+# **Time**: about 60 minutes (it runs in about SECONDS s on two cores).
 
 # %%
 from statistics import mean, quantiles
@@ -604,11 +606,11 @@ if None not in (reserved, internal, external, free):
 # </details>
 #
 # **2.** The paper's Pow2 reserves the prompt exactly and rounds only the answer up to a power of two (§6.1: for a true
-# output length of 25 it reserves 32). Write its size, and compare with ours over all requests.
+# answer of 25 tokens it reserves 32). Write its size, and compare with ours over all requests.
 
 
 # %%
-def paper_pow2(prompt, output):
+def paper_pow2(prompt, answer):
     """Slots that the paper's Pow2 reserves, its allocator's own rounding left out."""
     return None
 
@@ -625,8 +627,8 @@ if paper_pow2(10, 25) is not None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def paper_pow2(prompt, output):
-#     return prompt + 2 ** (output - 1).bit_length()
+# def paper_pow2(prompt, answer):
+#     return prompt + 2 ** (answer - 1).bit_length()
 # ```
 # 1.08 against 1.38: with long prompts, rounding the answer alone wastes little. (Their buddy allocator then rounds the
 # stretch up again.)
