@@ -56,7 +56,7 @@ def plot_stack(num_layers: int = 6) -> Figure:
     axes.text(6.5, 6.15, "logits of the next target token", ha="center")
     arrow = {"arrowstyle": "->", "color": GREEN, "lw": 2, "connectionstyle": "arc3,rad=-0.15"}
     axes.annotate("", (4.9, 2.55), (2.7, 3.36), arrowprops=arrow)
-    axes.text(3.35, 3.5, "keys and values,\ncomputed once", ha="left", color="black", fontsize=9)
+    axes.text(3.1, 3.5, "keys and values,\ncomputed once", ha="left", color="black", fontsize=9)
     axes.set(xlim=(-0.6, 8.6), ylim=(-0.8, 6.5))
     axes.set_axis_off()
     figure.tight_layout()

@@ -14,7 +14,7 @@
 #
 # **New here**: everything, once and quickly; each later notebook takes one part of it apart.
 #
-# **Time**: about 30 minutes (it runs in about SECONDS s on two cores).
+# **Time**: about 30 minutes (it runs in about 15 s on two cores).
 #
 # **How to run it.** `make lab` opens JupyterLab on this folder. Click into a cell and press <kbd>Shift</kbd>+
 # <kbd>Enter</kbd>: it runs, and the next one is chosen. Cells depend on those above them, so run them in order; if

@@ -17,7 +17,7 @@
 # **New here**: notebook [00](00_start_here.ipynb) used tokens as they came; now you make them, and see what a model
 # puts in their place.
 #
-# **Time**: about 60 minutes (it runs in about SECONDS s on two cores).
+# **Time**: about 60 minutes (it runs in about 20 s on two cores).
 
 # %%
 import random

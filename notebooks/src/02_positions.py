@@ -16,7 +16,7 @@
 #
 # **New here**: the vectors of notebook 01 know *what* a token is; now they learn *where* it is.
 #
-# **Time**: about 60 minutes (it runs in about SECONDS s on two cores).
+# **Time**: about 60 minutes (it runs in about 15 s on two cores).
 
 # %%
 import matplotlib.pyplot as plt

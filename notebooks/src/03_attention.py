@@ -19,7 +19,7 @@
 # **New here**: notebook 02 used the attention layer as a black box; now you open it, and see what it
 # does in a trained model.
 #
-# **Time**: about 90 minutes (it runs in about SECONDS s on two cores).
+# **Time**: about 90 minutes (it runs in about 30 s on two cores).
 
 # %%
 import random
@@ -786,6 +786,7 @@ def best_time(function, *arguments, **options):
     return min(times), result
 
 
+# %%
 measured = {"by hand": [], "fused": []}
 timed_lengths = [128, 256, 512, 1024, 2048]
 for n in timed_lengths:
@@ -868,6 +869,7 @@ if mine is not None:
     assert torch.equal(chunk_mask(5, 2).sum(dim=-1), torch.tensor([1, 2, 1, 2, 1]))
     plot_masks({"chunks of 4": mine})
     plt.show()
+    print("right")
 
 # %% [markdown]
 # <details><summary>Solution</summary>
@@ -962,6 +964,7 @@ if mine is not None:
     own = mean_score(self_token, all_maps)
     plot_head_scores({"own token": own}, title="Weight on the own token (%)")
     plt.show()
+    print("right")
 
 # %% [markdown]
 # <details><summary>Solution</summary>

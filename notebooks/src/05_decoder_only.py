@@ -17,7 +17,7 @@
 # **New here**: one text where notebook 04 had two, weights read from a file, and a next token
 # that is drawn by chance.
 #
-# **Time**: about 90 minutes (it runs in about SECONDS s on two cores).
+# **Time**: about 90 minutes (it runs in about 25 s on two cores).
 
 # %%
 import math

@@ -19,7 +19,7 @@
 #
 # **New here**: notebooks 00, 04 and 05 used `ContiguousCache` as it came; now you look inside.
 #
-# **Time**: about 75 minutes (it runs in about SECONDS s on two cores).
+# **Time**: about 75 minutes (it runs in about 20 s on two cores).
 
 # %%
 import random

@@ -18,7 +18,7 @@
 #
 # **New here**: time. In notebook 06 a memory was looked at once; here it is watched while requests come and go.
 #
-# **Time**: about 60 minutes (it runs in about SECONDS s on two cores).
+# **Time**: about 60 minutes (it runs in about 30 s on two cores).
 
 # %%
 from statistics import mean, quantiles
