@@ -391,10 +391,10 @@ for layer, layer_weights in enumerate(weights):
     plt.show()
 
 # %% [markdown]
-# Read along a row. (What is rarer is several tokens: "twenty" is cut into pieces, and 零 into bytes, �.) To write shí
-# (十, ten) and èr (二, two), the model looks at the first half of the source, for "one hundred and twenty *thousand*" is
-# "*twelve* ten-thousands"; to write sān (三, three) and wǔ (五, five), at the second. Count it, as a mean over the
-# layers:
+# Read along a row. (What is rarer is several tokens: "twenty" is cut into pieces, and 零 into bytes, �.) To write
+# shí (十, ten) and èr (二, two), the model looks at the first half of the source, for "one hundred and twenty
+# *thousand*" is "*twelve* ten-thousands"; to write sān (三, three) and wǔ (五, five), at the second. Count it, as a
+# mean over the layers:
 
 # %%
 half = source_pieces.index("thousand") + 1
