@@ -227,13 +227,14 @@ def plot_word_maps(
     """Maps of words side by side, a colour and a mark a kind; labels keep out of each other's way."""
     names = list(dict.fromkeys(kinds))
     figure, axes = plt.subplots(1, len(maps), figsize=(max(7.5, 5.6 * len(maps)), 5.8), squeeze=False)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.09, top=0.86, wspace=0.03)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.13, top=0.86, wspace=0.03)
+    axes[0, 0].set_ylabel("direction of the second largest spread")
     for panel, (name, points) in zip(axes[0], maps.items(), strict=True):
         for number, kind in enumerate(names):
             chosen = points[[found == kind for found in kinds]].detach()
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             panel.scatter(chosen[:, 0], chosen[:, 1], s=22, color=colour, marker=marker, label=kind)
-        panel.set(title=name, xticks=[], yticks=[])
+        panel.set(title=name, xticks=[], yticks=[], xlabel="direction of the largest spread")
         panel.margins(0.09)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(names), frameon=False)
     figure.suptitle(title)

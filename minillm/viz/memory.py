@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatter, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor, nn
 
 from minillm.errors import InvalidRequestError
@@ -217,8 +217,10 @@ def plot_lines(
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(x, [f"{value:,}" for value in x])
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}") if high < 20 * low else NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)

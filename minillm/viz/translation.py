@@ -9,6 +9,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from minillm.training.schedules import Schedule
@@ -54,8 +55,8 @@ def plot_stack(num_layers: int = 6) -> Figure:
     _box(axes, 5.0, 5.2, "embedding table, transposed", GREY)
     axes.text(6.5, 6.15, "logits of the next target token", ha="center")
     arrow = {"arrowstyle": "->", "color": GREEN, "lw": 2, "connectionstyle": "arc3,rad=-0.15"}
-    axes.annotate("", (4.8, 2.55), (1.5, 3.25), arrowprops=arrow)
-    axes.text(3.4, 3.3, "keys and values,\ncomputed once", ha="center", color="black", fontsize=9)
+    axes.annotate("", (4.9, 2.55), (2.7, 3.36), arrowprops=arrow)
+    axes.text(3.1, 3.5, "keys and values,\ncomputed once", ha="left", color="black", fontsize=9)
     axes.set(xlim=(-0.6, 8.6), ylim=(-0.8, 6.5))
     axes.set_axis_off()
     figure.tight_layout()
@@ -77,12 +78,15 @@ def plot_schedules(schedules: Mapping[str, Schedule], steps: int) -> Figure:
 
 
 def plot_losses(losses: Mapping[str, Sequence[float]], *, smooth: int = 10, title: str = "") -> Figure:
-    """Loss against step, each curve the mean of `smooth` steps."""
+    """Loss against step, on a logarithmic axis; each curve is the mean of `smooth` steps."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for (name, values), colour in zip(losses.items(), COLOURS, strict=False):
         means = [sum(values[at : at + smooth]) / smooth for at in range(0, len(values) - smooth + 1, smooth)]
         axes.plot([smooth * (index + 0.5) for index in range(len(means))], means, label=name, color=colour)
-    axes.set(xlabel="step", ylabel="loss (nats a target token)", title=title, ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss (nats a target token)", title=title, yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     return _finish(figure, axes)
 
 

@@ -10,7 +10,11 @@
 # - load a real trained model and let it write, with code short enough to read in full;
 # - check your own work, here and in every notebook that follows.
 #
-# **You need** Python and a laptop; no GPU. **Time**: about 30 minutes.
+# **You need** Python and a laptop; no GPU.
+#
+# **New here**: everything, once and quickly; each later notebook takes one part of it apart.
+#
+# **Time**: about 30 minutes (it runs in about 15 s on two cores).
 #
 # **How to run it.** `make lab` opens JupyterLab on this folder. Click into a cell and press <kbd>Shift</kbd>+
 # <kbd>Enter</kbd>: it runs, and the next one is chosen. Cells depend on those above them, so run them in order; if
@@ -18,12 +22,12 @@
 # cell has been run (or, as they were saved, after *File → Trust Notebook*).
 
 # %% [markdown]
-# ## The road
+# ## 1 · The road
 #
 # The course follows one lineage of code. It starts with the Transformer of 2017 (Vaswani et al., "Attention Is All You
 # Need") and ends with an engine that serves many users from one pool of memory, as vLLM does (Kwon et al. 2023,
-# "PagedAttention"). Nothing is thrown away on the road: the attention of notebook 03 is the attention that the engine
-# of notebook 11 runs.
+# "PagedAttention"). Nothing is thrown away on the road: the attention layer that notebook 03 takes apart is the one in
+# the engine of notebook 11; only the memory behind it is another.
 
 # %%
 import matplotlib.pyplot as plt
@@ -36,14 +40,13 @@ plot_course_map()
 plt.show()
 
 # %% [markdown]
-# This notebook is stop 00. The later ones appear in this folder one by one as the course grows; each says at its end
-# where the next one is.
+# This notebook is stop 00; stop 16 is still to come. Each notebook names at its end the one before and the next.
 #
-# ## A first text
+# ## 2 · A first text
 #
-# `tiny` is a small trained model that ships in the package: 2.7 million numbers, found by training on short stories
-# that the project generated (the course ends its first stage knowing how). It knows nothing but these stories, and it
-# answers in milliseconds. We ask for float32, ordinary 32-bit numbers, so that everybody computes alike.
+# `tiny` is a small trained model that ships in the package. Its numbers were found by training on short stories that
+# the project generated ([docs/tiny.md](../docs/tiny.md) tells how). It knows nothing but these stories, and it answers
+# in milliseconds. We ask for float32, ordinary 32-bit numbers, so that everybody computes alike.
 
 # %%
 model = minillm.load_model("tiny", dtype="float32", device="cpu")
@@ -90,7 +93,7 @@ with torch.inference_mode():
 print(tokenizer.decode(written))
 
 # %% [markdown]
-# ## The same loop, in the package
+# ## 3 · The same loop, in the package
 #
 # The loop above reads the whole text again for every token. The package's loop does the same with a **key/value
 # store**, an object that remembers what attention needs of earlier tokens, so that each step reads one new token only.
@@ -102,9 +105,9 @@ from minillm.transformer.generation import generate
 show_source(generate)
 
 # %% [markdown]
-# Two stores can be plugged into it today, and the model does not change between them. `None` keeps nothing and
-# recomputes everything, as our loop did. `ContiguousCache` reserves one stretch of memory for each text. The third, the
-# paged store, is what this course is about; it arrives in notebook 08.
+# Three stores can be plugged into it, and the model does not change between them. `None` keeps nothing and recomputes
+# everything, as our loop did. `ContiguousCache` reserves one stretch of memory for each sequence of tokens. The third,
+# the paged store, is what this course is about; it arrives in notebook 08.
 
 # %%
 from minillm.cache.contiguous import ContiguousCache
@@ -116,9 +119,9 @@ assert kept == recomputed == written[len(tokens) :]
 print("both stores wrote the same tokens as our own loop")
 
 # %% [markdown]
-# Same tokens, at a different price. The price of remembering is memory: two vectors a token, a layer and a key/value
-# head. The price of forgetting is time, which grows with every token written. (Times vary from machine to machine; the
-# ratio is what to look at.)
+# Same tokens, at a different price. The price of remembering is memory: two vectors for each token, in each layer and
+# key/value head. The price of forgetting is time: each token takes longer than the one before. (Times vary from machine
+# to machine; the ratio is what to look at.)
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -159,7 +162,7 @@ weights = 4 * sum(parameter.numel() for parameter in smollm2.parameters())
 print(f"8,192 tokens: {one_text / 2**20:.0f} MiB, {one_text / weights:.0%} of the {weights / 2**20:.0f} MiB of weights")
 
 # %% [markdown]
-# ## A conversation
+# ## 4 · A conversation
 #
 # A chat model is the same function, trained on conversations written down in a fixed form, its **chat template**. The
 # tokenizer knows the template:
@@ -209,18 +212,34 @@ assert "green" in answer(conversation)
 # The same from a terminal: `minillm chat`. A larger model, which knows something of the world, is one download away:
 # `minillm chat -m smollm2-135m`, or `minillm.load_model("smollm2-135m")` in Python.
 #
-# ## How to check your work
+# ## 5 · How to check your work
 #
 # Learning here means predicting and then checking, and a check is a line of code:
 #
-# - **In a notebook**, an `assert` says nothing when you are right and stops you when you are not. Most
-#   exercises end with one.
+# - **In a notebook**, an `assert` says nothing when you are right and stops you when you are not. Exercises begin with
+#   a `None` for you to replace, and end with asserts and the word "right". The solution is folded up below.
 # - **In the package**, `make test` runs every test, and runs every notebook again and compares its outputs with those
 #   that you see here (with nbval). If you have changed the code and it is green, the course still tells the truth.
 #
 # ## Exercises
 #
 # **1.** How many tokens is your own name? Guess first. Then try a name in another script.
+
+# %%
+name, guess = "Leila", None
+
+if guess is not None:
+    pieces = [tokenizer.decode([token]) for token in tokenizer(" " + name).input_ids]
+    assert guess == len(pieces), f"the pieces are {pieces}"
+    print("right")
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# `guess = 1` for Leila, a name of the stories. A name that the stories do not have falls into pieces, and in another
+# script at last into single bytes, which decode to �.
+#
+# </details>
 #
 # **2.** Greedy generation always takes the likeliest token. Write the loop so that it *draws* the next token from the
 # probabilities (`torch.multinomial`), and run it twice. Replace `draw`:
@@ -259,10 +278,11 @@ if tokens_that_fit is not None:
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
-# `parameters * 4 // per_token`: each weight is four bytes, and `per_token` is 2 (a key and a value) × 6 layers × 2
-# key/value heads × 32 numbers × 4 bytes.
+# `tokens_that_fit = parameters * 4 // per_token`: each weight is four bytes, and `per_token` is 2 (a key and a value) ×
+# 6 layers × 2 key/value heads × 32 numbers × 4 bytes.
 #
 # </details>
 #
 # ---
-# **Next:** `01_tokens_and_embeddings`: where tokens come from, and how a number becomes a vector.
+# **Next:** [01_tokens_and_embeddings](01_tokens_and_embeddings.ipynb): where tokens come from, and how a number becomes
+# a vector.

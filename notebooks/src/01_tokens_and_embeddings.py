@@ -12,7 +12,12 @@
 # - explain why looking up a row is a matrix product, and compute the size of any embedding table;
 # - look for meaning in a table of embeddings, by neighbours and on a map, and say what such a map hides.
 #
-# **You need** Python and the product of two matrices. No GPU. **Time**: about 60 minutes.
+# **You need** Python and the product of two matrices. No GPU.
+#
+# **New here**: notebook [00](00_start_here.ipynb) used tokens as they came; now you make them, and see what a model
+# puts in their place.
+#
+# **Time**: about 60 minutes (it runs in about 20 s on two cores).
 
 # %%
 import random
@@ -53,7 +58,7 @@ print(f"code points that Unicode has room for: {sys.maxunicode + 1:,}")
 # %% [markdown]
 # So why not give these numbers to the model? What we choose decides two things: **how long** a text becomes, and **how
 # many different numbers** there are. Length costs time and memory, since a model works on every token and remembers
-# each. And every different number needs a row in a table that has to be learnt.
+# each. And every different number needs a row in a table that has to be learned.
 #
 # - **Characters**: a text of 1,000 letters is 1,000 tokens. And of more than a million possible code points, most of
 #   them are so rare that no training text would teach the model what they mean.
@@ -111,7 +116,7 @@ text = "Sam's kite flew away. Oh no!"
 print([word for word, _ in cut(text, regex.compile(GPT2_PATTERN))])
 
 # %% [markdown]
-# From here on, the learner needs to know no more of the stories than how often each word occurs:
+# From here on, no more of the stories is needed than how often each word occurs:
 
 # %%
 counted = count_words(stories, GPT2_PATTERN)
@@ -215,7 +220,7 @@ explore_merges("Mia went to the beach with her friend Omar.", merges)
 # ### Cutting a new text
 #
 # Learning is done once. To cut a text later, no counts are needed, only the list of merges and its order. Within each
-# word, of all neighbours that have a merge, the pair that was *learnt first* is joined; and so on until none is left.
+# word, of all neighbours that have a merge, the pair that was *learned first* is joined; and so on until none is left.
 
 # %%
 from minillm.tokenizers.bpe import encode_word
@@ -226,8 +231,8 @@ show_source(encode_word)
 # ### How large should the vocabulary be?
 #
 # The first $n$ merges are by themselves a smaller tokenizer. So we can ask, for every $n$, how many tokens a word needs
-# on average: in new stories, which the learner has not seen, and in a text from another world, the first article of the
-# Universal Declaration of Human Rights.
+# on average: in new stories, which no merge was learned from, and in a text from another world, the first article of
+# the Universal Declaration of Human Rights.
 
 
 # %%
@@ -453,8 +458,8 @@ print(f"one token by a product: {vocab_size * hidden_size:,} multiplications")
 print(f"one token by a lookup:  0 multiplications, {hidden_size} numbers copied")
 
 # %% [markdown]
-# So an embedding is an ordinary linear layer whose input happens to be one-hot. It is learnt like any other matrix; the
-# lookup is only the fast way to compute it. It also tells how the table learns: rows that are multiplied by 0 get a
+# So an embedding is an ordinary linear layer whose input happens to be one-hot. It is learned like any other matrix;
+# the lookup is only the fast way to compute it. It also tells how the table learns: rows that are multiplied by 0 get a
 # gradient of 0. A lookup gives a gradient only to the rows of the tokens that are in the text (exercise 3).
 #
 # ### How large is it?
@@ -729,6 +734,15 @@ if WITH_SMOLLM2:
 # | tied | the same table scores the next token |
 # | cosine | how alike two rows point; neighbours are words that stand in the same places |
 #
+# ## Sources
+#
+# - Sennrich, Haddow & Birch 2016, "Neural Machine Translation of Rare Words with Subword Units": §3.2 is section 2
+# - Gage 1994, "A New Algorithm for Data Compression"
+# - Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2): §2.2, bytes
+# - Press & Wolf 2017, "Using the Output Embedding to Improve Language Models": tied tables
+# - Firth 1957, "A Synopsis of Linguistic Theory, 1930–1955"
+# - Bolukbasi et al. 2016, "Man is to Computer Programmer as Woman is to Homemaker? Debiasing Word Embeddings"
+#
 # ## Exercises
 #
 # Replace each `None`; when the answer is right, the cell says so.
@@ -818,4 +832,5 @@ if largest_vocabulary is not None:
 # </details>
 #
 # ---
-# **Next:** `02_positions`: a token's vector does not say where the token stands. Three ways to tell it.
+# **Back:** [00_start_here](00_start_here.ipynb) · **Next:** [02_positions](02_positions.ipynb): a token's vector does
+# not say where the token stands. Three ways to tell it.

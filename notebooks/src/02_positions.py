@@ -11,8 +11,12 @@
 # - derive in three lines why rotary positions let a model see *distances*, and check it on the package's own code;
 # - read a wavelength plot, and say what linear, Llama 3 and YaRN scaling do to it.
 #
-# **You need** notebook 01 (a token is a vector), dot products, sine and cosine. No trained model, no GPU.
-# **Time**: about 60 minutes.
+# **You need** notebook [01](01_tokens_and_embeddings.ipynb) (a token is a vector), dot products, sine and cosine. No
+# trained model, no GPU.
+#
+# **New here**: the vectors of notebook 01 know *what* a token is; now they learn *where* it is.
+#
+# **Time**: about 60 minutes (it runs in about 15 s on two cores).
 
 # %%
 import matplotlib.pyplot as plt
@@ -513,7 +517,7 @@ print(f"the slowest pair has come {slowest:.0f}° of 360° by the end of the lon
 # %% [markdown]
 # Fast pairs have gone round many times and have met every angle. The slow ones have met only a part of their circle
 # during training. Beyond the context they reach angles that no weight was ever fitted to: new territory, where the
-# products can be anything (Chen et al. 2023, "Position Interpolation", §2.2).
+# products can be anything (Chen et al. 2023, §2.2).
 #
 # ### Linear scaling: squeeze the positions
 #
@@ -595,6 +599,14 @@ assert abs(mscale - (0.1 * math.log(factor) + 1)) < 1e-6
 # | beyond its context | can be computed | impossible | can be computed; scaling helps |
 # | the score depends on | both positions | both positions | the distance only |
 # | in this package | the Transformer of 2017 | GPT-2, OPT | Llama, Qwen, GLM-4, Gemma |
+#
+# ## Sources
+#
+# - Vaswani et al. 2017, "Attention Is All You Need": §3.5, sinusoids
+# - Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding": §3
+# - Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation": §2
+# - Peng et al. 2023, "YaRN: Efficient Context Window Extension of Large Language Models": §3
+# - Haviv et al. 2022, "Transformer Language Models without Positional Encodings Still Learn Positional Information"
 #
 # ## Exercises
 #
@@ -705,4 +717,5 @@ if safe_distance is not None:
 # </details>
 #
 # ---
-# **Next:** `03_attention`: queries, keys and values, taken apart and put together.
+# **Back:** [01_tokens_and_embeddings](01_tokens_and_embeddings.ipynb) · **Next:** [03_attention](03_attention.ipynb):
+# queries, keys and values, taken apart and put together.

@@ -13,8 +13,13 @@
 # - look into a trained model, find heads by what they *do*, and test by experiment whether one matters;
 # - say from which length on attention costs more than the rest of the model.
 #
-# **You need** notebook 02 (positions; a first look at queries, keys and values), matrix products. No GPU.
-# **Time**: about 90 minutes.
+# **You need** notebook [02](02_positions.ipynb) (positions; a first look at queries, keys and values), matrix products.
+# No GPU.
+#
+# **New here**: notebook 02 used the attention layer as a black box; now you open it, and see what it
+# does in a trained model.
+#
+# **Time**: about 90 minutes (it runs in about 30 s on two cores).
 
 # %%
 import random
@@ -59,10 +64,10 @@ told_of = {"kite": "red", "Mia": "a girl", "tree": "tall"}
 print(told_of["Mia"])
 
 # %% [markdown]
-# Attention is such a look-up, made soft. The **query** (what am I looking for?) is compared with every **key** (what am
-# I?), each comparison gives a number, and the answer is a mean of *all* the **values** (what do I tell?), weighted by
-# how well their keys fit. Nothing is ever equal or missing, only more or less alike. And since means and products have
-# derivatives, the queries, keys and values can be learned.
+# Attention is such a look-up, made soft. The **query** is compared with every **key**, each comparison gives a number,
+# and the answer is a mean of *all* the **values**, weighted by how well their keys fit. Nothing is ever equal or
+# missing, only more or less alike. And since means and products have derivatives, how queries, keys and values are made
+# can be learned.
 #
 # Here are three words with keys and values of two channels, made up by hand. The comparison is a dot product: large
 # when two arrows point the same way, negative when they point apart.
@@ -92,7 +97,7 @@ plt.show()
 # ## 2 · Scaled dot-product attention
 #
 # Now step by step, for a sequence of 5 tokens and 8 channels, and for all queries at once (Vaswani et al. 2017,
-# "Attention Is All You Need", §3.2.1). **Step 1**, scores: every query times every key. As a matrix product,
+# §3.2.1). **Step 1**, scores: every query times every key. As a matrix product,
 # $S = QK^T$: row $i$ holds what token $i$ thinks of all the others.
 
 # %%
@@ -303,9 +308,9 @@ print("four heads by hand = the package's layer")
 
 # %% [markdown]
 # One more way to see the last step. The output projection multiplies the joined heads by one matrix; cut that matrix
-# into one strip for each head, and the product is a **sum over heads** (Elhage et al. 2021, "A Mathematical Framework
-# for Transformer Circuits"). Every head adds its own contribution to the token's vector, and none disturbs another. So
-# we can ask what a single head does, and take one out. We shall.
+# into one strip for each head, and the product is a **sum over heads** (Elhage et al. 2021). Every head adds its own
+# contribution to the token's vector, and none disturbs another. So we can ask what a single head does, and take one
+# out. We shall.
 
 # %%
 strips = layer.out.weight.split(head_dim, dim=1)  # for each head [hidden, head_dim]
@@ -317,10 +322,10 @@ assert torch.allclose(total, joined, atol=1e-6)
 # ## 5 · Grouped heads
 #
 # When a model writes, it keeps the keys and values of all earlier tokens (notebook 06). With as many key/value heads as
-# query heads this is a lot of memory, all of which is read for every new token. Shazeer (2019, "Fast Transformer
-# Decoding: One Write-Head is All You Need") lets all query heads share *one* key/value head: **multi-query** attention.
-# Ainslie et al. (2023, "GQA") stand between: **grouped-query** attention gives each group of query heads one. They
-# report a quality close to the full number at nearly the speed of one. `tiny` is the one in the middle.
+# query heads this is a lot of memory, all of which is read for every new token. Shazeer (2019, §3) lets all query heads
+# share *one* key/value head: **multi-query** attention (MQA). Ainslie et al. (2023, §2.2) stand between:
+# **grouped-query** attention (GQA) gives each group of query heads one. They report a quality close to that of
+# **multi-head** attention (MHA) at nearly the speed of multi-query. `tiny` is the one in the middle.
 
 # %%
 kinds = {"multi-head (MHA)": (6, 6), "grouped-query (GQA)": (6, 2), "multi-query (MQA)": (6, 1)}
@@ -443,8 +448,7 @@ print(tokenizer.decode(prompts[0]))
 # %% [markdown]
 # **Previous-token heads** look at the token just before. **First-token heads** look at the very first one, whatever it
 # is: a head that has nothing to fetch must still spend its weight somewhere, since softmax always sums to 1, and the
-# first token is visible to all. (Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", found
-# this in large models.) Both are one line:
+# first token is visible to all. (Xiao et al. 2023, §3.1, found this in large models.) Both are one line:
 
 
 # %%
@@ -465,7 +469,7 @@ previous, first = mean_score(previous_token, all_maps), mean_score(first_token, 
 
 # %% [markdown]
 # **Induction heads** continue what they have seen before: after "… A B … A", they look at "B" (Elhage et al. 2021;
-# Olsson et al. 2022, "In-context Learning and Induction Heads"). To catch them without any help from meaning, Olsson et
+# Olsson et al. 2022). To catch them without any help from meaning, Olsson et
 # al. take *random* tokens and repeat the sequence. In the second copy, an induction head looks at the token that came
 # after the same token in the first copy.
 
@@ -782,6 +786,7 @@ def best_time(function, *arguments, **options):
     return min(times), result
 
 
+# %%
 measured = {"by hand": [], "fused": []}
 timed_lengths = [128, 256, 512, 1024, 2048]
 for n in timed_lengths:
@@ -811,6 +816,16 @@ print(f"at {timed_lengths[-1]:,} tokens, fused is {ratio:.1f} times faster")
 # - Heads look in parallel and their contributions add up; grouped heads share keys and values to save memory.
 # - What a head does can be measured, and whether it matters can be tested, both through the store.
 # - Its arithmetic grows with the square of the length; its memory need not.
+#
+# ## Sources
+#
+# - Vaswani et al. 2017, "Attention Is All You Need": §3.2, sections 2 to 4
+# - Jiang et al. 2023, "Mistral 7B": §2, windows
+# - Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need"; Ainslie et al. 2023, "GQA: Training
+#   Generalized Multi-Query Transformer Models from Multi-Head Checkpoints": section 5
+# - Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022, "In-context Learning
+#   and Induction Heads"; Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks": section 6
+# - Dao et al. 2022, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness": §3.1, section 7
 #
 # ## Exercises
 #
@@ -854,6 +869,7 @@ if mine is not None:
     assert torch.equal(chunk_mask(5, 2).sum(dim=-1), torch.tensor([1, 2, 1, 2, 1]))
     plot_masks({"chunks of 4": mine})
     plt.show()
+    print("right")
 
 # %% [markdown]
 # <details><summary>Solution</summary>
@@ -948,6 +964,7 @@ if mine is not None:
     own = mean_score(self_token, all_maps)
     plot_head_scores({"own token": own}, title="Weight on the own token (%)")
     plt.show()
+    print("right")
 
 # %% [markdown]
 # <details><summary>Solution</summary>
@@ -960,4 +977,5 @@ if mine is not None:
 # </details>
 #
 # ---
-# **Next:** `04_encoder_decoder`: the whole Transformer of 2017, and attention from one text to another.
+# **Back:** [02_positions](02_positions.ipynb) · **Next:** [04_encoder_decoder](04_encoder_decoder.ipynb): the whole
+# Transformer of 2017, and attention from one text to another.

@@ -11,7 +11,11 @@
 # - account for the parameters of the paper's base model, all 63.1 million;
 # - train a translator, score it, search with it greedily and with beams, and see which words it looked at.
 #
-# **You need** notebook 03 (attention). **Time**: about 90 minutes.
+# **You need** notebooks [01](01_tokens_and_embeddings.ipynb) to [03](03_attention.ipynb). No GPU.
+#
+# **New here**: the layers between which attention stands, attention from one text to another, and training.
+#
+# **Time**: about 90 minutes (it runs in about 45 s on two cores).
 
 # %%
 import dataclasses
@@ -35,7 +39,7 @@ from minillm.viz import (
 )
 
 # %% [markdown]
-# ## A translation task that needs no download
+# ## 1 · A translation task that needs no download
 #
 # The paper translates English to German, on 4.5 million sentence pairs and eight GPUs. We have a laptop, so we choose a
 # language that can be generated: numbers in words, English to Chinese.
@@ -62,7 +66,7 @@ for source, target in pairs[:3]:
     print(f"  {source}\n  → {target}")
 
 # %% [markdown]
-# ## The stack
+# ## 2 · The stack
 #
 # From the bottom up (the paper's Figure 1): tokens become vectors; each encoder block lets every token look at every
 # other and then thinks about each token by itself; each decoder block does the same for the target, and in between
@@ -201,7 +205,7 @@ show_source(Seq2Seq.encode)
 show_source(Seq2Seq.hidden)
 
 # %% [markdown]
-# ## Sixty-three million numbers
+# ## 3 · Sixty-three million numbers
 #
 # The paper's base model: d = 512, 8 heads, 6 + 6 layers, an inner width of 2048, one vocabulary of 37,000 tokens. We
 # build it on the "meta" device, where tensors have shapes and no memory, and add up.
@@ -230,7 +234,7 @@ assert total == sum(parameter.numel() for parameter in base.parameters())
 print(f"{'together':18} {total:>12,}   ({total / 1e6:.1f} million; the paper's table says 65)")
 
 # %% [markdown]
-# ## Training
+# ## 4 · Training
 #
 # ### What is learned from one pair
 #
@@ -315,7 +319,7 @@ show_source(Trainer._take_step)
 losses = trainer.train(progress=False)
 parameters = sum(parameter.numel() for parameter in small.model.parameters())
 print(f"{parameters:,} parameters, {len(losses)} steps, {trainer.seconds:.0f} s")
-plot_losses({"small translator": losses}, title="A loss that falls in steps: each fall is a rule found")
+plot_losses({"small translator": losses}, title="The loss of each step of training, live")
 plt.show()
 
 # %%
@@ -333,7 +337,7 @@ for number, text in zip(unseen, small.translate_all([english(n) for n in unseen]
     print(f"{number:>11,}  {text:22} {'right' if text == chinese(number) else 'not ' + chinese(number)}")
 
 # %% [markdown]
-# ## The same for longer
+# ## 5 · The same for longer
 #
 # The package ships a translator of the same kind, larger and trained longer (`python -m minillm.training.translator
 # numbers`, some minutes on two cores).
@@ -357,7 +361,7 @@ plt.show()
 print(f"trained live: {live.all:.0%} exactly right")
 
 # %% [markdown]
-# ## What it looks at
+# ## 6 · What it looks at
 #
 # For every target token, cross-attention spreads a weight of 1 over the source. Averaged over the heads of a layer, it
 # draws the **alignment**: which English words each Chinese character was made of (Bahdanau et al. 2015 drew the first
@@ -387,9 +391,10 @@ for layer, layer_weights in enumerate(weights):
     plt.show()
 
 # %% [markdown]
-# Read along a row. (Rarer words are several tokens: "twenty" is cut into pieces.) To write shí (十, ten) and èr (二,
-# two), the model looks at the first half of the source, for "one hundred and twenty *thousand*" is "*twelve*
-# ten-thousands"; to write sān (三, three) and wǔ (五, five), at the second. Count it, as a mean over the layers:
+# Read along a row. (What is rarer is several tokens: "twenty" is cut into pieces, and 零 into bytes, �.) To write
+# shí (十, ten) and èr (二, two), the model looks at the first half of the source, for "one hundred and twenty
+# *thousand*" is "*twelve* ten-thousands"; to write sān (三, three) and wǔ (五, five), at the second. Count it, as a
+# mean over the layers:
 
 # %%
 half = source_pieces.index("thousand") + 1
@@ -405,7 +410,7 @@ for character, columns in halves.items():
 # source already. But the order shows.
 
 # %% [markdown]
-# ## Searching for a target
+# ## 7 · Searching for a target
 #
 # The model gives probabilities; a **search** makes a target of them. *Greedy* search takes the likeliest token each
 # time and never looks back. *Beam* search keeps the `num_beams` best beginnings (the paper: 4 beams, §6.1). Longer
@@ -438,8 +443,8 @@ changed = sum(a != b for a, b in zip(greedy, beam, strict=True))
 print(f"{changed} of {len(numbers)} answers changed; right: greedy {sum(right[0])}, beams {sum(right[1])}")
 
 # %% [markdown]
-# Both searches can use a **key/value cache** (notebook 06): keys and values of the target so far are kept, those of the
-# source were computed once in `encode`. The result is the same, the work is less:
+# Both searches can use a **KV cache** (notebook 06): keys and values of the target so far are kept, those of the source
+# were computed once in `encode`. The result is the same, the work is less:
 
 # %%
 from minillm.cache.contiguous import ContiguousCache
@@ -450,7 +455,7 @@ assert greedy_search(shipped.model, sources, kv=cache, **ids) == greedy_search(s
 print("20 targets, the same with and without a cache")
 
 # %% [markdown]
-# ## What each piece is for
+# ## 8 · What each piece is for
 #
 # The honest way to learn what something does is to take it away. We train the same model four times for the same number
 # of steps on the same batches: whole; without residual connections; without norms; without positions. (Shorter numbers
@@ -522,8 +527,8 @@ print({name: f"{loss:.2f}" for name, loss in last.items()})
 #   itself reaches the top.
 # - **Without positions** the model sees a bag of words. It learns which characters occur, but
 #   "two hundred and five" and "five hundred and two" are the same to it.
-# - **Without norms** such a small model still learns. Norms buy depth and higher learning rates: try six layers, or
-#   `learning_rate=5e-3`.
+# - **Without norms** such a small model begins far worse, and then learns as well as the whole one, if not better.
+#   Norms buy depth and higher learning rates: try six layers, or `learning_rate=5e-3`.
 #
 # ## What to take along
 #
@@ -532,10 +537,22 @@ print({name: f"{loss:.2f}" for name, loss in last.items()})
 # - Training is teacher forcing: one pass, every position a question, the mask keeps it honest.
 # - Cross-attention shows which words a word was made of; search makes a target of probabilities.
 #
+# ## Sources
+#
+# - Vaswani et al. 2017, "Attention Is All You Need": section signs without a name are its own
+# - Ba et al. 2016, "Layer Normalization"; Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"
+# - Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts" (cosine); 2019, "Decoupled Weight
+#   Decay Regularization" (AdamW)
+# - Srivastava et al. 2014, "Dropout"; Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision"
+# - Bahdanau et al. 2015, "Neural Machine Translation by Jointly Learning to Align and Translate"
+# - Wu et al. 2016, "Google's Neural Machine Translation System"; Papineni et al. 2002, "BLEU"
+#
 # ## Exercises
 #
+# Replace each `None`; when the answer is right, the cell says so.
+#
 # **1.** The paper's *big* model has d = 1024, an inner width of 4096 and 16 heads. How many million parameters is that
-# with the same vocabulary? Use `Seq2SeqConfig`. (The paper's table says 213.) Replace `None`:
+# with the same vocabulary? Make its `Seq2SeqConfig`. (The paper's table says 213.)
 
 # %%
 big = None
@@ -553,8 +570,8 @@ if big is not None:
 #
 # </details>
 #
-# **2.** Beam search with one beam is greedy search. Check it on the 20 `sources` above, with the shipped model. Replace
-# `None` by a list of 20 token lists:
+# **2.** Beam search with one beam is greedy search. Check it on the 20 `sources` above, with the shipped model: make a
+# list of 20 token lists.
 
 # %%
 one_beam = None
@@ -570,8 +587,8 @@ if one_beam is not None:
 # </details>
 #
 # **3.** Padding must change nothing. `rows` holds "seven" and a long number, padded to one width with token 0. Get from
-# `shipped.model.encode` the keys of the first layer for both, so that those of "seven" are what they are for "seven"
-# alone. Replace `None` by a tensor `[2, heads, width, head_dim]`:
+# `shipped.model.encode` the keys of the first layer for both, `[2, heads, width, head_dim]`, so that those of "seven"
+# are what they are for "seven" alone.
 
 # %%
 short, long = (shipped.tokenizer.encode(text) for text in ("seven", english(999_999_999)))
@@ -595,10 +612,11 @@ if keys is not None:
 #
 # </details>
 #
-# **4.** A corpus of your own: download a language from manythings.org/anki and run
+# **To go on**: a corpus of your own. Download a language from manythings.org/anki and run
 # `python -m minillm.training.translator corpus deu-eng.zip --tokenize 13a`. It reports BLEU (Papineni et al. 2002; by
 # `sacrebleu`). What does label smoothing change? It costs perplexity and gains BLEU in the paper; in yours? (In Python:
 # `make_trainer(pairs, dataclasses.replace(CORPUS, label_smoothing=0.0))`.)
 #
 # ---
-# **Next:** `05_decoder_only`: leave out the encoder, train on all text there is, and you have a language model.
+# **Back:** [03_attention](03_attention.ipynb) · **Next:** [05_decoder_only](05_decoder_only.ipynb): leave out the
+# encoder, train on all text there is, and you have a language model.

@@ -12,7 +12,12 @@
 # - choose between greedy decoding, temperature, top-k, top-p and min-p, knowing what each of them cuts;
 # - explain how a conversation becomes one text.
 #
-# **You need** notebooks 01 to 04. No GPU; the model `tiny` ships with the package. **Time**: about 90 minutes.
+# **You need** notebooks [01](01_tokens_and_embeddings.ipynb) to [04](04_encoder_decoder.ipynb). No GPU.
+#
+# **New here**: one text where notebook 04 had two, weights read from a file, and a next token
+# that is drawn by chance.
+#
+# **Time**: about 90 minutes (it runs in about 25 s on two cores).
 
 # %%
 import math
@@ -47,8 +52,7 @@ from minillm.viz import (
 # In notebook 04 the source and the target were two texts, so there were two stacks, and cross-attention between them.
 # If source and target are put into *one* text, one after the other, a single stack can read the first part and write
 # the second. The encoder goes, and with it cross-attention, which has nothing left to look at. (Liu et al. 2018,
-# "Generating Wikipedia by Summarizing Long Sequences", did this first; Radford et al. 2018, the first GPT, made it the
-# model that everybody knows.)
+# §4.2.3, did this first; Radford et al. 2018, the first GPT, made it the model that everybody knows.)
 
 # %%
 plot_what_stays(title="Grey is what goes: the encoder and cross-attention")
@@ -146,14 +150,14 @@ for name, fields in changes.items():
 # %% [markdown]
 # | change | what it does | from |
 # | --- | --- | --- |
-# | pre-norm | normalises what enters a sublayer, not the sum behind it | Radford et al. 2019; Xiong et al. 2020 |
+# | pre-norm | normalises what enters a sublayer (notebook 04) | Radford et al. 2019; Xiong et al. 2020 |
 # | RMSNorm | divides by the root mean square; no mean is taken away, no bias added | Zhang & Sennrich 2019 |
 # | gated SiLU | multiplies two projections of the input, one of them through SiLU | Shazeer 2020 |
 # | rotary | turns queries and keys instead of adding positions (notebook 02) | Su et al. 2021 |
-# | grouped heads | several query heads share one key/value head | Ainslie et al. 2023 |
+# | grouped heads | several query heads share one key/value head (notebook 03) | Ainslie et al. 2023 |
 # | no biases | matrices only | Chowdhery et al. 2022 (PaLM), §2 |
 #
-# Attention you took apart in notebook 03. What is new is the gated network:
+# What is new is the gated network:
 
 # %%
 from minillm.transformer.feed_forward import GatedFeedForward
@@ -161,8 +165,8 @@ from minillm.transformer.feed_forward import GatedFeedForward
 show_source(GatedFeedForward)
 
 # %% [markdown]
-# (`twin` asks whether there is a compiled kernel for this operation on this device. On a CPU there is none, and the
-# last two lines do the work. A kernel would compute the same.)
+# (`twin` asks whether there is a compiled kernel for this operation on this device, and whether it may be used, that
+# is, where no gradient is wanted. It computes what the last two lines say.)
 #
 # Two of the numbers deserve a look. The gated network has three matrices where the plain one had two, so Shazeer makes
 # its inner size 2/3 as large: 512 instead of 768, and the count stays nearly the same. And grouped heads save few
@@ -187,8 +191,7 @@ print(f"{'together':14}{sum(by_hand.values()):>10,}")
 assert sum(by_hand.values()) == sum(p.numel() for p in Decoder(config).parameters())
 
 # %% [markdown]
-# There is no line for the output head. It is **tied**: the embedding table, read the other way round, gives the logits
-# (Press & Wolf 2017; the Transformer of 2017 did so too, §3.4).
+# There is no line for the output head. It is tied to the embedding table (notebook 01, "One table for two ends").
 #
 # ### Four families
 #
@@ -234,8 +237,8 @@ published = json.loads("""
 """)
 
 # %% [markdown]
-# `translate` finds the family and does the work. To count parameters we need no memory: on PyTorch's **meta** device a
-# tensor has a shape and no numbers.
+# `translate` finds the family and does the work. To count parameters we need no numbers, only shapes: the "meta" device
+# again, as for the paper's base model in notebook 04.
 
 # %%
 from minillm.models.loader import translate
@@ -326,9 +329,8 @@ for name, tensor in stored.items():
         print(f"{name:50} {list(tensor.shape)}")
 
 # %% [markdown]
-# There are three matrices `q_proj`, `k_proj` and `v_proj`, and our layer has one, `attention.qkv`. One large product is
-# faster than three small ones, so the loader **packs** them: each published matrix fills some rows of ours. The
-# family's table says which:
+# There are three matrices `q_proj`, `k_proj` and `v_proj`, and our layer has one, `attention.qkv` (notebook 03,
+# "Heads"). So the loader **packs** them: each published matrix fills some rows of ours. The family's table says which:
 
 # %%
 for published_name, ours in family.weights.items():
@@ -561,8 +563,8 @@ print(f"shares of probability that would have to move to make both equal: {dista
 assert distance < 0.4
 
 # %% [markdown]
-# Not equal, as the last line tells, but the shape is there: most of what happens often is likely, and what never
-# happens gets next to nothing. To come nearer is what training on the next token aims at, and why drawing from the
+# Not equal, as the last line tells. The two names get too little, and Tom's nearly nothing. But all other beginnings
+# that happen often are likely. To come nearer is what training on the next token aims at, and why drawing from the
 # distribution just as it is (temperature 1, nothing cut) gives texts like those of the corpus.
 #
 # ### Temperature
@@ -822,9 +824,9 @@ explore_sampling(model, tokenizer, beginning, Sampling(seed=0), stop_ids=stops)
 #
 # ## 7 · A conversation is one text
 #
-# A chat is a list of messages, and a decoder reads one text. The **chat template** turns the one into the other, with
-# special tokens that mark who speaks and where a turn ends. `tiny` uses ChatML, as Qwen and SmolLM2 do. The prompt
-# ends where the assistant's turn begins; all that the model does is go on.
+# A chat is a list of messages, and a decoder reads one text. The chat template (notebook 01, "The tokenizer of `tiny`")
+# turns the one into the other. `tiny` uses ChatML, as Qwen and SmolLM2 do. The prompt ends where the assistant's turn
+# begins; all that the model does is go on.
 
 # %%
 greeting = [{"role": "user", "content": "Hello!"}]
@@ -903,6 +905,18 @@ assert right_with > len(asked) / 2 > len(asked) / 4 > right_without
 # And: a decoder-only model is a stack of the encoder's blocks with a causal mask; a family of models is a row of
 # configuration; a model is loaded rightly when its logits are those of an independent implementation.
 #
+# ## Sources
+#
+# - Liu et al. 2018, "Generating Wikipedia by Summarizing Long Sequences"; Radford et al. 2018, "Improving Language
+#   Understanding by Generative Pre-Training" (GPT); 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2)
+# - Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; Shazeer 2020, "GLU Variants Improve Transformer";
+#   Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways"; the others of section 2's table: notebooks
+#   02 to 04
+# - Fan et al. 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2019, "The Curious Case of Neural
+#   Text Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM
+#   Outputs"; Tang et al. 2024, "Top-nσ: Not All Logits Are You Need"
+# - Keskar et al. 2019, "CTRL: A Conditional Transformer Language Model for Controllable Generation"
+#
 # ## Exercises
 #
 # Replace each `None`; when the answer is right, the cell says so.
@@ -953,9 +967,9 @@ if chat_text(talk) is not None:
 #
 # </details>
 #
-# **3.** *Top-nσ* (Tang et al. 2024, "Top-nσ: Not All Logits Are You Need") keeps the tokens whose logit is at most $n$
-# standard deviations (of all logits) below the largest. Write it as a pure function, −∞ where a token is cut. Before
-# you run the check: does it matter whether temperature is applied before it or after?
+# **3.** *Top-nσ* (Tang et al. 2024) keeps the tokens whose logit is at most $n$ standard deviations (of all logits)
+# below the largest. Write it as a pure function, −∞ where a token is cut. Before you run the check: does it matter
+# whether temperature is applied before it or after?
 
 
 # %%
@@ -983,7 +997,7 @@ if keep_top_n_sigma(some, 1) is not None:
 #
 # </details>
 #
-# **4.** A **repetition penalty** (Keskar et al. 2019, "CTRL", §4.1) makes tokens less likely that have been written
+# **4.** A **repetition penalty** (Keskar et al. 2019, §4.1) makes tokens less likely that have been written
 # already. In the form that most programs use, the logits of such tokens are divided by the penalty where they are
 # positive and multiplied by it where they are negative. (Why not divide always?) `seen` is a list of token ids.
 
@@ -1016,4 +1030,5 @@ if mine is not None:
 # </details>
 #
 # ---
-# **Next:** `06_kv_cache`: why generating a token need not read the whole text again, and what remembering costs.
+# **Back:** [04_encoder_decoder](04_encoder_decoder.ipynb) · **Next:** [06_kv_cache](06_kv_cache.ipynb): why generating
+# a token need not read the whole text again, and what remembering costs.

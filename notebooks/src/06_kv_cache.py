@@ -1,20 +1,25 @@
 # %% [markdown]
-# # 06 · The key/value cache
+# # 06 · The KV cache
 #
 # A language model writes one token at a time, and each new token depends on the whole text before it. Must the whole
-# text be read again for every token? It need not: a part of the work can be kept. This notebook is about what is kept,
-# why that is allowed, what it saves, and what it costs in memory. That last cost is what the rest of the course is
-# about.
+# text be read again for every token? It need not: a part of the work can be kept, in what papers and programs call the
+# **KV cache**. This notebook is about what is kept, why that is allowed, what it saves, and what it costs in memory.
+# That last cost is what the rest of the course is about.
 #
 # **By the end of this notebook you will be able to**
 #
 # - count the arithmetic of a model's pass, and say how much of it is done again without a cache;
 # - explain why keys and values of earlier tokens never change, and why queries need not be kept;
 # - tell from two numbers of a machine whether reading a prompt and writing an answer wait for arithmetic or for memory;
-# - compute the memory of keys and values for any published model, and how many texts fit on a card;
+# - compute the memory of keys and values for any published model, and how many sequences fit on a card;
 # - show how much of it a store wastes that must reserve room for answers of unknown length.
 #
-# **You need** notebooks 03 (attention) and 05 (the decoder-only model). No GPU. **Time**: about 75 minutes.
+# **You need** notebooks [03](03_attention.ipynb) (attention) and [05](05_decoder_only.ipynb) (the decoder-only model).
+# No GPU.
+#
+# **New here**: notebooks 00, 04 and 05 used `ContiguousCache` as it came; now you look inside.
+#
+# **Time**: about 75 minutes (it runs in about 20 s on two cores).
 
 # %%
 import random
@@ -66,21 +71,16 @@ plot_work(prompt=8, written=10, title="Without a store, every pass computes the 
 plt.show()
 
 # %% [markdown]
-# The orange part grows with the square of the answer's length. How much arithmetic is it? Nearly all of a model's
-# arithmetic is in matrix products, and these are easily counted. A product of $[n, a]$ with $[a, b]$ takes $n\,a\,b$
-# multiplications and as many additions: $2nab$ **FLOPs** (floating-point operations). So
-#
-# - every weight of a matrix costs 2 FLOPs a token;
-# - a query head spends $2\,d$ FLOPs on its product with each key, and $2\,d$ on adding up each value, for heads of $d$
-#   channels.
+# The orange part grows with the square of the answer's length. How much arithmetic is it? Count it as notebook 03 did
+# ("What attention costs"), now for a whole model, in **FLOPs** (floating-point operations): 2 a token for every weight
+# of a matrix, and $4\,d$ for each query head and key, for heads of $d$ channels.
 
 # %%
 show_source(forward_flops)
 
 # %% [markdown]
-# PyTorch can count too, by listening to the operations that really run. We ask it to use the plain form of attention,
-# whose operations it knows; like our count, that form also computes the half of the square which the causal mask then
-# hides. The two counts agree exactly:
+# PyTorch's own count must agree. (We ask it to use the plain form of attention, whose operations it knows; like our
+# count, that form also computes the half of the square which the causal mask then hides.)
 
 # %%
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -371,7 +371,7 @@ plt.show()
 #    batch read the same weights once, and their linear layers take hardly more time than those of one, until the ridge
 #    is reached.
 # 2. **Attention does not profit.** Each sequence brings its own keys and values, and they must all be read for every
-#    token. Sharing them among query heads (grouped queries) is what raises that line.
+#    token. Sharing them among query heads (grouped heads) is what raises that line.
 #
 # ### The roofline
 #
@@ -524,8 +524,8 @@ for name in ("Llama-3-8B", "GLM-4-9B"):
             print(f"    {key}: {value}")
 
 # %% [markdown]
-# `published_model` builds the model on torch's *meta* device: all shapes, no numbers, no memory. That is enough to
-# count weights and bytes. In bfloat16, two bytes a number:
+# `published_model` builds the model on the "meta" device (notebook 04), which is enough to count weights and bytes. In
+# bfloat16, two bytes a number:
 
 # %%
 configs = {"tiny": config} | {name: published_model(name).config for name in PUBLISHED}
@@ -542,11 +542,11 @@ assert long_trained == ["GLM-4-9B"]
 # (The formula does not care whether a model was trained for texts that long: Llama-2-7B was for 4,096 tokens, of these
 # only GLM-4 for 131,072.)
 #
-# Llama-2-7B has plain **multi-head attention**: every query head has its own keys and values. The others have **grouped
-# queries** (Ainslie et al. 2023, "GQA"). What would they take if they had not?
+# Llama-2-7B has plain multi-head attention, the others have grouped heads (notebook 03, "Grouped heads"). What would
+# they take if they had not?
 
 # %%
-plot_kv_per_token(configs, title="Grouped queries divide the memory of keys and values")
+plot_kv_per_token(configs, title="Grouped heads divide the memory of keys and values")
 plt.show()
 
 # %% [markdown]
@@ -632,7 +632,7 @@ except CacheFullError as error:
 #
 # ### Rows of different lengths
 #
-# First, how several texts share one store. A `PaddedBatch` says for each row where it starts and how many of its
+# First, how several sequences share one store. A `PaddedBatch` says for each row where it starts and how many of its
 # tokens are real; shorter rows are padded to a rectangle. Padding is computed along and thrown away; it is never
 # written into the store.
 
@@ -684,7 +684,7 @@ def drawn_length(typical):
     return max(4, min(max_len // 2, round(rng.lognormvariate(0, 0.9) * typical)))
 
 
-requests = [(drawn_length(160), drawn_length(240)) for _ in range(16)]  # (prompt, output) tokens
+requests = [(drawn_length(160), drawn_length(240)) for _ in range(16)]  # tokens of (prompt, answer)
 now = Reservation.at(requests, max_len, step=150)
 title = f"{now.utilisation:.0%} of the reserved memory holds a token"
 plot_reservation(requests, max_len, step=150, title=title)
@@ -717,7 +717,7 @@ assert now.utilisation < end.utilisation < 0.5
 one = published_model("Llama-2-7B")
 left = card - 2 * sum(parameter.numel() for parameter in one.parameters())
 token = one.config.kv_bytes_per_token(torch.bfloat16)
-mean_need = sum(prompt + output for prompt, output in requests) / len(requests)
+mean_need = sum(prompt + answer for prompt, answer in requests) / len(requests)
 fit_reserved, fit_needed = int(left // (max_len * token)), int(left // (mean_need * token))
 print(f"Llama-2-7B, {max_len:,} tokens reserved for each: {fit_reserved} sequences")
 print(f"Llama-2-7B, as many tokens as it comes to need:  {fit_needed} sequences")
@@ -817,7 +817,7 @@ if after is not None:
 #
 # </details>
 #
-# **4.** A server might know each output's length roughly and reserve the next power of two of prompt + output: for 300
+# **4.** A server might know each answer's length roughly and reserve the next power of two of prompt + answer: for 300
 # tokens, 512 slots. (Kwon et al. 2023, §6.1, compare with a similar system.) Compute the share of the reserved memory
 # that holds a token when every sequence has just ended.
 
@@ -839,7 +839,7 @@ if share is not None:
 #
 # ```python
 # def used_at_the_end(requests):
-#     needed = [prompt + output for prompt, output in requests]
+#     needed = [prompt + answer for prompt, answer in requests]
 #     return sum(needed) / sum(2 ** (need - 1).bit_length() for need in needed)
 # ```
 # Much better, and still at most twice too much for a single sequence. And it rests on knowing the length, and on
@@ -848,5 +848,5 @@ if share is not None:
 # </details>
 #
 # ---
-# **Next:** `07_memory_waste`: requests that arrive and leave, what reservation wastes over time,
-# and then the mend, blocks.
+# **Back:** [05_decoder_only](05_decoder_only.ipynb) · **Next:** [07_memory_waste](07_memory_waste.ipynb): requests that
+# arrive and leave, what reservation wastes over time, and then the mend, blocks.

@@ -14,7 +14,11 @@
 # - explain what follows for the number of requests that run together, for throughput and for waiting;
 # - say what blocks waste, and how that depends on their size.
 #
-# **You need** notebook 06 (the key/value cache). No GPU. **Time**: about 60 minutes.
+# **You need** notebook [06](06_kv_cache.ipynb) (the KV cache). No GPU.
+#
+# **New here**: time. In notebook 06 a memory was looked at once; here it is watched while requests come and go.
+#
+# **Time**: about 60 minutes (it runs in about 30 s on two cores).
 
 # %%
 from statistics import mean, quantiles
@@ -163,11 +167,11 @@ plt.show()
 assert waiting == {"max": ["D"], "pow2": ["C", "D"], "exact": ["D"]}
 
 # %% [markdown]
-# Three kinds of waste, with the names that Kwon et al. give them (§3.1 and figure 3):
+# These are the three kinds of waste that notebook 06 named at its end (Kwon et al., §3.1 and figure 3):
 #
-# - **reserved** (hatched in the request's colour): this request will use the slot, but until then nobody else can. All
-#   three policies have it. Even an oracle must hold the room for the last token from the first moment on.
-# - **internal fragmentation** (grey): inside a stretch, and never used. The oracle has none.
+# - **reserved** for later (hatched in the request's colour): all three policies have it. Even an oracle must hold the
+#   room for the last token from the first moment on.
+# - **internal fragmentation** (grey): the oracle has none.
 # - **external fragmentation** (crossed): free, and together enough for the first who waits, but in pieces that are each
 #   too small. With `"max"` it cannot happen, since all stretches are equally long. With `"pow2"` and `"exact"` the
 #   departed A leaves a gap that the next one does not fit.
@@ -220,7 +224,7 @@ cost = CostModel(
 print(f"a step {1e3 * cost.step:.1f} ms, a token {1e6 * cost.token:.0f} µs, a stored one {1e6 * cost.stored_token:.2f}")
 
 # %% [markdown]
-# The scheduler is the engine's (a later notebook is about it). Requests join and leave the batch at any step, which is
+# The scheduler is the engine's (notebook 11). Requests join and leave the batch at any step, which is
 # Orca's idea (Yu et al. 2022, §3, "iteration-level scheduling"). One thing is changed for the three contiguous
 # policies: a waiting request starts when its whole stretch is free. (`super()` is the engine's own scheduler, which
 # then has this one request to start.)
@@ -260,7 +264,7 @@ assert all(abs(sum(share.values()) - 1) < 1e-9 for share in shares.values())  # 
 # %% [markdown]
 # Read the bars from top to bottom:
 #
-# - `"max"` fills two thirds of the memory with slots that nobody will ever use.
+# - `"max"` fills nearly two thirds of the memory with slots that nobody will ever use.
 # - `"pow2"` still rounds up a lot, and now there are gaps as well.
 # - `"exact"` knows every length, and yet a quarter is lost: to tokens that are still to come, and to gaps.
 # - `"paged"` has more than 96 % of the slots filled.
@@ -602,11 +606,11 @@ if None not in (reserved, internal, external, free):
 # </details>
 #
 # **2.** The paper's Pow2 reserves the prompt exactly and rounds only the answer up to a power of two (§6.1: for a true
-# output length of 25 it reserves 32). Write its size, and compare with ours over all requests.
+# answer of 25 tokens it reserves 32). Write its size, and compare with ours over all requests.
 
 
 # %%
-def paper_pow2(prompt, output):
+def paper_pow2(prompt, answer):
     """Slots that the paper's Pow2 reserves, its allocator's own rounding left out."""
     return None
 
@@ -623,8 +627,8 @@ if paper_pow2(10, 25) is not None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def paper_pow2(prompt, output):
-#     return prompt + 2 ** (output - 1).bit_length()
+# def paper_pow2(prompt, answer):
+#     return prompt + 2 ** (answer - 1).bit_length()
 # ```
 # 1.08 against 1.38: with long prompts, rounding the answer alone wastes little. (Their buddy allocator then rounds the
 # stretch up again.)
@@ -708,4 +712,5 @@ if None not in (largest, largest_short):
 # </details>
 #
 # ---
-# **Next:** `08_paged_blocks`: the pool of blocks and the tables, built and explained.
+# **Back:** [06_kv_cache](06_kv_cache.ipynb) · **Next:** [08_paged_blocks](08_paged_blocks.ipynb): the pool of blocks
+# and the tables, built and explained.
