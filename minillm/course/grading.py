@@ -34,6 +34,7 @@ from nbgrader.preprocessors import (
 from nbgrader.utils import capture_log, temp_attrs
 from traitlets import List
 
+import minillm
 from minillm.course.execution import CarefulExecute
 from minillm.course.release import Course, reason, release
 from minillm.errors import AssignmentError
@@ -79,7 +80,7 @@ def grade(course: Course, *, cell_seconds: int = CELL_SECONDS, jobs: int = 1) ->
     handed_in = submissions(course)
     release(course, sorted({name for _, name in handed_in if name in course.names}))
     spawn = multiprocessing.get_context("spawn")  # nbgrader changes the folder that it works in, so no threads
-    with ProcessPoolExecutor(min(jobs, len(handed_in)), mp_context=spawn, initializer=_quiet_machine) as pool:
+    with ProcessPoolExecutor(min(jobs, len(handed_in)), mp_context=spawn, initializer=_set_environment) as pool:
         yield from pool.map(partial(_grade_submission, course, cell_seconds), *zip(*handed_in, strict=True))
 
 
@@ -101,9 +102,14 @@ def submissions(course: Course) -> list[tuple[str, str]]:
     return found
 
 
-def _quiet_machine() -> None:
-    """Graded on a CPU, whatever the machine has; submissions run side by side, so each has one thread."""
+def _set_environment() -> None:
+    """Graded on a CPU, whatever the machine has; submissions run side by side, so each has one thread.
+
+    Kernels import the minillm that grades, wherever they run.
+    """
     os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    here, others = str(Path(minillm.__file__).parents[1]), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{here}{os.pathsep}{others}" if others else here
 
 
 def _grade_submission(course: Course, cell_seconds: int, student: str, name: str) -> Grade:

@@ -286,42 +286,50 @@ def students_of(name):
     return students
 
 
-@pytest.fixture(scope="module", params=TEXTS)
-def assignment(request, tmp_path_factory):
-    """One assignment, graded for students who solved it, did nothing, or made our planted mistakes."""
-    name = request.param
-    course = course_of(tmp_path_factory.mktemp(name), {name: TEXTS[name].read_text(encoding="utf-8")})
-    hand_in(course, "reference", name, solved(course, name))
-    hand_in(course, "untouched", name, nbformat.read(course.notebook("release", name), as_version=4))
-    for number, group in enumerate(students_of(name)):
-        notebook = solved(course, name)
-        for mistake in group:
-            cell = next(
-                c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == mistake["solution"]
-            )
-            assert cell.source.count(mistake["old"]) == 1, (
-                f"{mistake['name']}: its old text is not once in the solution"
-            )
-            cell.source = cell.source.replace(mistake["old"], mistake["new"])
-        hand_in(course, f"mistakes{number}", name, notebook)
-    return name, course, graded(course)
+@pytest.fixture(scope="module")
+def classroom(request, tmp_path_factory):
+    """All assignments (that tests were selected for), graded at once for students who solved them, who did nothing, and
+    who made our planted mistakes."""
+    selected = [getattr(item, "callspec", None) for item in request.session.items]
+    names = sorted({spec.params["name"] for spec in selected if spec and "name" in spec.params})
+    texts = {name: TEXTS[name].read_text(encoding="utf-8") for name in names}
+    course = course_of(tmp_path_factory.mktemp("classroom"), texts)
+    for name in names:
+        hand_in(course, "reference", name, solved(course, name))
+        hand_in(course, "untouched", name, nbformat.read(course.notebook("release", name), as_version=4))
+        for number, group in enumerate(students_of(name)):
+            hand_in(course, f"mistakes{number}", name, mistaken(course, name, group))
+    return course, graded(course)
 
 
-def test_the_reference_scores_all_and_the_untouched_release_nothing(assignment):
-    name, course, grades = assignment
+def mistaken(course, name, group):
+    """The solved notebook with these mistakes in it."""
+    notebook = solved(course, name)
+    cells = {cell.metadata.get("nbgrader", {}).get("grade_id"): cell for cell in notebook.cells}
+    for mistake in group:
+        cell = cells[mistake["solution"]]
+        assert cell.source.count(mistake["old"]) == 1, f"{mistake['name']}: its old text is not once in the solution"
+        cell.source = cell.source.replace(mistake["old"], mistake["new"])
+    return notebook
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_reference_scores_all_and_the_untouched_release_nothing(classroom, name):
+    course, grades = classroom
     assert grades["reference", name].scores == grades["reference", name].points, messages(course, "reference", name)
     assert grades["untouched", name].score == 0
     assert not grades["reference", name].notes
 
 
-def test_a_mistake_loses_its_points_and_its_message_is_shown(assignment):
-    name, course, grades = assignment
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_mistake_loses_its_points_and_its_message_is_shown(classroom, name):
+    course, grades = classroom
     assert len(mistakes_of(name)) >= 3
     for number, group in enumerate(students_of(name)):
         student = f"mistakes{number}"
         one, errors, page = grades[student, name], messages(course, student, name), feedback(course, student, name)
         loses = {cell: points for mistake in group for cell, points in mistake["loses"].items()}
-        assert {c: one.points[c] - got for c, got in one.scores.items() if got < one.points[c]} == loses, (
+        assert {cell: one.points[cell] - got for cell, got in one.scores.items() if got < one.points[cell]} == loses, (
             group,
             errors,
         )
@@ -330,14 +338,14 @@ def test_a_mistake_loses_its_points_and_its_message_is_shown(assignment):
             assert mistake["message"] in page
 
 
-def test_the_release_holds_no_solution_and_no_hidden_test(assignment):
-    name, course, _ = assignment
-    text = course.notebook("release", name).read_text(encoding="utf-8")
-    released = nbformat.reads(text, as_version=4)
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_release_holds_no_solution_and_no_hidden_test(classroom, name):
+    text = classroom[0].notebook("release", name).read_text(encoding="utf-8")
     assert "SOLUTION" not in text
     assert "HIDDEN" not in text
-    for cell, original in zip(released.cells, read_text(TEXTS[name]).cells, strict=True):
+    released, originals = nbformat.reads(text, as_version=4).cells, read_text(TEXTS[name]).cells
+    for cell, original in zip(released, originals, strict=True):
         if original.metadata.get("nbgrader", {}).get("solution"):
             answer = original.source.split("### BEGIN SOLUTION")[1].split("### END SOLUTION")[0].strip()
-            assert answer not in text
+            assert answer not in "\n".join(one.source for one in released)
             assert "raise NotImplementedError()" in cell.source
