@@ -19,9 +19,9 @@ MAX_LINE = 10_000
 class CarefulExecute(Execute):
     """nbgrader's execution of a notebook, which goes on after a kernel's end.
 
-    A cell that runs for more than `timeout` seconds is interrupted. Where the kernel does not answer to that, or died
-    in the cell, it is started again, the earlier cells that ran without an error are run again, and grading goes on
-    with the next cell.
+    A cell that runs for more than `timeout` seconds is interrupted; a given cell, in which imports take their time,
+    after ten times as many. Where the kernel does not answer to that, or died in the cell, it is started again, the
+    earlier cells that ran without an error are run again, and grading goes on with the next cell.
     """
 
     shutdown_kernel = Unicode("immediate")
@@ -29,7 +29,7 @@ class CarefulExecute(Execute):
     def preprocess(self, nb: Any, resources: Any = None, km: Any = None) -> tuple[Any, Any]:
         """Run all cells; each gets its outputs."""
         self._ran: list[int] = []
-        self.error_on_timeout = _error("CellTimeoutError", f"stopped after {self.timeout} seconds: a loop without end?")
+        self.timeout_func = lambda cell: self.timeout * (10 if _is_given(cell) else 1)
         return super().preprocess(nb, resources, km)
 
     def preprocess_cell(self, cell: Any, resources: Any, index: int) -> tuple[Any, Any]:
@@ -46,14 +46,17 @@ class CarefulExecute(Execute):
 
     def _run(self, index: int) -> str:
         """Run a cell; why the kernel cannot be used any more, or an empty string."""
+        cell = self.nb.cells[index]
+        seconds = self.timeout_func(cell)
+        self.error_on_timeout = _error("CellTimeoutError", f"stopped after {seconds} seconds: a loop without end?")
         self._room = MAX_OUTPUT
         self._exited = False
         try:
-            self.execute_cell(self.nb.cells[index], index)
+            self.execute_cell(cell, index)
         except DeadKernelError:
             return "the kernel died in this cell (a crash in compiled code, os._exit, or no memory left)"
         except CellTimeoutError:
-            return f"still running after {self.timeout} seconds, and it did not stop when it was interrupted"
+            return f"still running after {seconds} seconds, and it did not stop when it was interrupted"
         return "this cell ended the kernel (exit() or quit())" if self._exited else ""
 
     def _start_again(self) -> None:
@@ -95,6 +98,11 @@ class CarefulExecute(Execute):
         elif "data" in content and len(json.dumps(content["data"], default=str)) > self._room:
             return None
         return super().process_message(msg, cell, cell_index)
+
+
+def _is_given(cell: Any) -> bool:
+    graded = cell.metadata.get("nbgrader", {})
+    return bool(graded.get("locked") and not graded.get("grade"))
 
 
 def _cut(text: str, room: int) -> str:

@@ -6,6 +6,7 @@ cell; they are no protection against malice. For strangers' code, grade in a con
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 import nbformat
 from nbconvert.preprocessors import ClearMetadataPreprocessor
-from nbgrader.api import Gradebook
+from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.converters import Autograde
 from nbgrader.preprocessors import (
     CheckCellMetadata,
@@ -115,16 +116,26 @@ def _set_environment() -> None:
 def _grade_submission(course: Course, cell_seconds: int, student: str, name: str) -> Grade:
     if name not in course.names:
         return Grade(student, name, notes=(f"there is no assignment {name!r}: they are {', '.join(course.names)}",))
-    for step in ("autograded", "feedback"):  # of an earlier submission
-        shutil.rmtree(course.notebook(step, name, student).parent, ignore_errors=True)
-    points = {one["grade_id"]: float(one["points"]) for one in _graded_cells(course.notebook("source", name), "grade")}
-    nothing = Grade(student, name, dict.fromkeys(points, 0.0), points)
+    _forget(course, student, name)
+    points = {cell["grade_id"]: float(cell["points"]) for cell in _cells(course.notebook("source", name), "grade")}
+    scores = dict.fromkeys(points, 0.0)
+    notes: tuple[str, ...] = ()
     try:
         notes = _changes(course, student, name)
-        scores = _autograde(course, cell_seconds, student, name)
+        scores |= _autograde(course, cell_seconds, student, name)
     except AssignmentError as error:
-        return Grade(student, name, nothing.scores, points, (str(error),))
-    return Grade(student, name, nothing.scores | scores, points, notes)
+        notes = (*notes, str(error))
+    return Grade(student, name, scores, points, notes)
+
+
+def _forget(course: Course, student: str, name: str) -> None:
+    """Drop what came of an earlier submission: nbgrader would keep the points of a cell that the new one lacks."""
+    for step in ("autograded", "feedback"):
+        shutil.rmtree(course.notebook(step, name, student).parent, ignore_errors=True)
+    with Gradebook(course.api().coursedir.db_url) as gradebook, contextlib.suppress(MissingEntry):
+        for one in gradebook.find_submission_notebook(name, name, student).grades:
+            one.auto_score = 0
+        gradebook.db.commit()
 
 
 def _autograde(course: Course, cell_seconds: int, student: str, name: str) -> dict[str, float]:
@@ -149,20 +160,20 @@ def _changes(course: Course, student: str, name: str) -> tuple[str, ...]:
     Raises:
         AssignmentError: the notebook is missing or cannot be read.
     """
-    released = {one["grade_id"]: one["source"] for one in _graded_cells(course.notebook("release", name), "locked")}
-    path = course.notebook("submitted", name, student)
-    submitted = {one["grade_id"]: one["source"] for one in _graded_cells(path, "grade_id")}
-    tests = {one["grade_id"] for one in _graded_cells(course.notebook("release", name), "grade")}
+    submitted = {
+        cell["grade_id"]: cell["source"] for cell in _cells(course.notebook("submitted", name, student), "grade_id")
+    }
     notes = []
-    for cell, source in released.items():
-        if cell not in submitted:
-            notes.append(f"{cell} was deleted: " + ("0 points for it" if cell in tests else "put back"))
-        elif submitted[cell] != source:
-            notes.append(f"{cell} was changed: graded with the original")
+    for cell in _cells(course.notebook("release", name), "locked"):
+        grade_id = cell["grade_id"]
+        if grade_id not in submitted:
+            notes.append(f"{grade_id} was deleted: " + ("0 points for it" if cell["grade"] else "put back"))
+        elif submitted[grade_id] != cell["source"]:
+            notes.append(f"{grade_id} was changed: graded with the original")
     return tuple(notes)
 
 
-def _graded_cells(path: Path, kind: str) -> list[dict[str, Any]]:
+def _cells(path: Path, kind: str) -> list[dict[str, Any]]:
     """nbgrader's metadata, and the source, of the cells in which the metadata's entry `kind` is set."""
     if not path.is_file():
         others = sorted(other.name for other in path.parent.glob("*") if not other.name.startswith(".")) or ["nothing"]

@@ -68,7 +68,9 @@ class Course:
     def api(self, **settings: Any) -> NbGraderAPI:
         """nbgrader on this course; the settings are those of its cells' execution."""
         # nbgrader asks the command `alembic` for the database's version when it makes one.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        commands, path = str(Path(sys.executable).parent), os.environ["PATH"]
+        if commands not in path.split(os.pathsep):
+            os.environ["PATH"] = f"{commands}{os.pathsep}{path}"
         warnings.filterwarnings("ignore", "Object of type", SAWarning)  # of its own making
         config = Config()
         config.CourseDirectory.root = str(self.root)

@@ -152,8 +152,11 @@ def demo(tmp_path_factory):
     hand_in(course, "misnamed", "demo", solved(course, "demo")).rename(
         course.notebook("submitted", "demo", "misnamed").with_name("Untitled.ipynb")
     )
+    spoilt = solved(course, "demo")
+    spoilt.cells[1].metadata["nbgrader"] = {"grade_id": "given", "schema_version": 99}
+    hand_in(course, "spoilt", "demo", spoilt)
     hand_in(course, "elsewhere", "demmo", solved(course, "demo"))
-    grades = graded(course, cell_seconds=3)
+    grades = graded(course, cell_seconds=5)
     write_grades(course.root / "grades.csv", list(grades.values()))
     return course, grades
 
@@ -169,7 +172,7 @@ def test_a_cell_costs_its_own_points_only(demo, student):
     [
         ("dies", "the kernel died in this cell"),
         ("leaves", "ended the kernel"),
-        ("loops", "stopped after 3 seconds"),
+        ("loops", "stopped after 5 seconds"),
         ("stubborn", "did not stop when it was interrupted"),
         ("floods", "cut here"),
         ("long_message", "cut here"),
@@ -195,6 +198,7 @@ def test_the_feedback_says_what_happened_and_is_no_book(demo, student, message):
         ("no_json", 0, "demo.ipynb is no notebook: Notebook does not appear to be JSON"),
         ("empty", 0, "demo.ipynb is no notebook"),
         ("no_notebook", 0, "demo.ipynb is JSON, but no notebook"),
+        ("spoilt", 0, "nbgrader cannot grade it"),
         ("misnamed", 0, "there is no demo.ipynb in"),
     ],
 )
@@ -212,7 +216,7 @@ def test_an_unknown_assignment_is_told(demo):
 def test_the_table_of_grades_has_every_submission(demo):
     course, grades = demo
     rows = list(csv.DictReader((course.root / "grades.csv").open(encoding="utf-8")))
-    assert len(rows) == len(grades) == len(REPLACED) + 8
+    assert len(rows) == len(grades) == len(REPLACED) + 9
     told = next(row for row in rows if row["student"] == "deletes_tests")
     assert told | {"notes": ""} == {
         "student": "deletes_tests",
@@ -225,12 +229,14 @@ def test_the_table_of_grades_has_every_submission(demo):
     }
 
 
-def test_a_second_submission_counts(tmp_path):
-    course = course_of(tmp_path, {"demo": DEMO})
+def test_a_second_submission_counts_and_a_given_cell_may_take_longer(tmp_path):
+    course = course_of(tmp_path, {"demo": DEMO.replace("BASE = 10", "import time; time.sleep(4); BASE = 10")})
     hand_in(course, "ada", "demo", nbformat.read(course.notebook("release", "demo"), as_version=4))
     assert graded(course)["ada", "demo"].score == 0
     hand_in(course, "ada", "demo", solved(course, "demo"))
-    assert graded(course)["ada", "demo"].score == 5
+    assert graded(course, cell_seconds=3)["ada", "demo"].score == 5
+    hand_in(course, "ada", "demo", without_cell(solved(course, "demo"), "double_tests"))
+    assert graded(course)["ada", "demo"].score == 2
     hand_in(course, "ada", "demo", "")
     assert graded(course)["ada", "demo"].score == 0
     assert not course.notebook("feedback", "demo", "ada").with_suffix(".html").exists()

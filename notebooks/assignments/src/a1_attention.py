@@ -438,8 +438,11 @@ from minillm.transformer.kv import PaddedBatch
 
 prompt = tokenizer("Once upon a time").input_ids
 tokens = torch.tensor([prompt])
+ones = torch.ones(1, 3, 6, 32), torch.ones(1, 3, 2, 32), torch.ones(1, 3, 2, 32)
 with torch.inference_mode():
     store = MyStore(model.config.attention_specs)
+    store.begin(PaddedBatch.full(1, 3))
+    check_close(store.attend(0, *ones), ones[0], "what the store gives back where all values are 1")
     store.begin(PaddedBatch.full(*tokens.shape))
     got = model(tokens, torch.arange(tokens.shape[1])[None], store)
     check_close(
