@@ -32,7 +32,7 @@ from nbgrader.preprocessors import (
     OverwriteKernelspec,
     SaveAutoGrades,
 )
-from nbgrader.utils import capture_log, temp_attrs
+from nbgrader.utils import capture_log, compute_checksum, temp_attrs
 from traitlets import List
 
 import minillm
@@ -160,28 +160,27 @@ def _changes(course: Course, student: str, name: str) -> tuple[str, ...]:
     Raises:
         AssignmentError: the notebook is missing or cannot be read.
     """
-    submitted = {
-        cell["grade_id"]: cell["source"] for cell in _cells(course.notebook("submitted", name, student), "grade_id")
-    }
+    submitted = {cell["grade_id"]: cell for cell in _cells(course.notebook("submitted", name, student), "grade_id")}
     notes = []
     for cell in _cells(course.notebook("release", name), "locked"):
         grade_id = cell["grade_id"]
         if grade_id not in submitted:
             notes.append(f"{grade_id} was deleted: " + ("0 points for it" if cell["grade"] else "put back"))
-        elif submitted[grade_id] != cell["source"]:
+        elif not submitted[grade_id]["intact"]:
             notes.append(f"{grade_id} was changed: graded with the original")
     return tuple(notes)
 
 
 def _cells(path: Path, kind: str) -> list[dict[str, Any]]:
-    """nbgrader's metadata, and the source, of the cells in which the metadata's entry `kind` is set."""
+    """nbgrader's metadata of the cells in which its entry `kind` is set; `intact`: the cell is as it was released."""
     if not path.is_file():
         others = sorted(other.name for other in path.parent.glob("*") if not other.name.startswith(".")) or ["nothing"]
         raise AssignmentError(f"there is no {path.name} in {path.parent}, but {', '.join(others)}")
     try:
         cells = nbformat.read(path, as_version=4).cells
-        graded = [{**cell["metadata"].get("nbgrader", {}), "source": cell["source"]} for cell in cells]
-        return [one for one in graded if one.get(kind)]
+        graded = [cell for cell in cells if cell["metadata"].get("nbgrader", {}).get(kind)]
+        told = [(cell, cell["metadata"]["nbgrader"]) for cell in graded]
+        return [{**one, "intact": one.get("checksum") == compute_checksum(cell)} for cell, one in told]
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
         raise AssignmentError(f"{path.name} is no notebook: {str(error).splitlines()[0][:200]}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
