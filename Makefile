@@ -2,7 +2,8 @@
 #   PYTHON=python3.12       another interpreter (3.11 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    PyTorch without CUDA: 200 MB instead of gigabytes on Linux
 #   VLLM=…/bin/python LLAMA_CPP=…/bin/python            environments of peers, for bench-cpu
-#   JOBS=8                  so many processes for the tests (each takes up to 4 GB)
+#   JOBS=8                  so many processes for the tests (each takes up to 4 GB), or submissions graded at a time
+#   CELL_SECONDS=10         a cell of a submission that runs longer is stopped when it is graded (60)
 PYTHON ?= python3
 JOBS ?= 2
 TORCH_INDEX ?=
@@ -13,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX)
 # Two processes with a thread each: tiny models have nothing to share among threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test lab notebooks lint types bench-kernels bench-cpu bench-gpu clean
+.PHONY: demo test lab notebooks assignments grade lint types bench-kernels bench-cpu bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -28,6 +29,12 @@ lab: .venv/notebooks
 
 notebooks: .venv/notebooks
 	$(BIN)/python notebooks/build.py
+
+assignments: .venv/assignments
+	$(BIN)/python -m minillm.course.assignments release
+
+grade: .venv/assignments
+	$(BIN)/python -m minillm.course.assignments grade --jobs $(JOBS) $(if $(CELL_SECONDS),--cell-seconds $(CELL_SECONDS))
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

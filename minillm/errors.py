@@ -68,3 +68,7 @@ class EngineDeadError(MinillmError):
 
 class ServerError(MinillmError):
     """A server that cannot be reached, refuses a request, breaks an answer off, or says what no such server says."""
+
+
+class AssignmentError(MinillmError):
+    """An assignment's text, or what a student handed in, that cannot be processed."""

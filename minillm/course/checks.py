@@ -28,6 +28,7 @@ def check_close(
 
     Close is |got − expected| ≤ atol + rtol·|expected|; infinities must be equal, and NaN is never close.
     """
+    __tracebackhide__ = True  # IPython shows the cell that called this, and the message
     if not isinstance(got, Tensor):
         _fail(f"{what} should be a tensor of shape {tuple(expected.shape)}, not {_told(got)}", hint)
     if got.shape != expected.shape:
@@ -48,6 +49,7 @@ def check_close(
 
 def check_equal(got: Any, expected: Any, what: str = "the result", *, hint: str = "") -> None:
     """Raise CheckError unless the two are equal; of lists and tuples the first position that differs is named."""
+    __tracebackhide__ = True
     if isinstance(expected, (list, tuple)) and isinstance(got, (list, tuple)):
         _check_sequence(got, expected, what, hint)
     elif type(got) is not type(expected) or got != expected:
@@ -56,6 +58,7 @@ def check_equal(got: Any, expected: Any, what: str = "the result", *, hint: str 
 
 def check(right: bool, message: str) -> None:
     """Raise CheckError with this message unless `right`."""
+    __tracebackhide__ = True
     if not right:
         _fail(message, "")
 
@@ -139,6 +142,7 @@ def _refusing_code(message: str, like: CodeType) -> CodeType:
 
 
 def _check_sequence(got: Sequence[Any], expected: Sequence[Any], what: str, hint: str) -> None:
+    __tracebackhide__ = True
     for place, (mine, right) in enumerate(zip(got, expected, strict=False)):
         if mine != right:
             _fail(f"{what}[{place}] is {_told(mine)}, and should be {_told(right)}", hint)

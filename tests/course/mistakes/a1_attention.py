@@ -1,0 +1,60 @@
+"""Typical mistakes in assignment 1, and what each costs."""
+
+MISTAKES = [
+    {
+        "name": "softmax overflows: the maximum is not subtracted",
+        "solution": "softmax",
+        "old": "(scores - scores.amax(dim=-1, keepdim=True)).exp()",
+        "new": "scores.exp()",
+        "loses": {"softmax_tests": 10},
+        "message": "Is the row's maximum subtracted before exp?",
+    },
+    {
+        "name": "scale forgotten",
+        "solution": "attention",
+        "old": "q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5",
+        "new": "q @ k.transpose(-1, -2)",
+        "loses": {"attention_tests": 20, "story_tests": 10},
+        "message": "Are the scores divided by √head_dim?",
+    },
+    {
+        "name": "off by one: a token does not see itself",
+        "solution": "causal",
+        "old": "<=",
+        "new": "<",
+        "loses": {"causal_tests": 15, "story_tests": 10},
+        "message": "causal_mask(3, 3)[0, 0] is False, and should be True",
+    },
+    {
+        "name": "the window is one too wide",
+        "solution": "window",
+        "old": "distance < window",
+        "new": "distance <= window",
+        "loses": {"window_tests": 10},
+        "message": "A window of 2 is the token itself and one before it.",
+    },
+    {
+        "name": "groups interleaved",
+        "solution": "grouped",
+        "old": "attend(q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), mask)",
+        "new": "attend(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), mask)",
+        "loses": {"grouped_tests": 15, "story_tests": 10},
+        "message": "0 and 1 use key/value head 0",
+    },
+    {
+        "name": "pairs are neighbours, as in the paper, not halves",
+        "solution": "rotate",
+        "old": "a, b = x.chunk(2, dim=-1)",
+        "new": "a, b = x[..., 0::2], x[..., 1::2]",
+        "loses": {"rotate_tests": 20, "story_tests": 10},
+        "message": "Pair i is the channels i and i + head_dim/2",
+    },
+    {
+        "name": "the package's answer is imported",
+        "solution": "attention",
+        "old": "return torch.softmax(scores, dim=-1) @ v",
+        "new": "return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
+        "loses": {"attention_tests": 20, "story_tests": 10},
+        "message": "this task is about writing scaled_dot_product_attention yourself",
+    },
+]
