@@ -34,6 +34,7 @@
 
 # %% tags=["locked:a3_imports"]
 import secrets
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -395,9 +396,10 @@ class Watched:
 
     remembers = True
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.reserved = [slots.data_ptr() for slots in (*store.keys, *store.values)]
+    def __init__(self, *sizes: Any) -> None:
+        with without(*closed):
+            self.store = Store(*sizes)
+        self.reserved = [slots.data_ptr() for slots in (*self.store.keys, *self.store.values)]
 
     def begin(self, batch: PaddedBatch) -> None:
         with without(*closed):
@@ -418,7 +420,8 @@ class Watched:
 def check_chunks(config: DecoderConfig, rows: list[list[int]], cuts: list[tuple[int, ...]], hint: str) -> None:
     """Feed `rows` by the store, cuts[pass][row] tokens at a time, and compare with reading everything at once."""
     model = Decoder(config).double()
-    store = Watched(Store(config, len(rows), max(map(len, rows)), torch.float64))
+    model.reset_parameters(std=0.5)  # so large that scores differ
+    store = Watched(config, len(rows), max(map(len, rows)), torch.float64)
     seen = [0] * len(rows)
     for lengths in cuts:
         fed = [row[start : start + length] for row, start, length in zip(rows, seen, lengths, strict=True)]
@@ -428,13 +431,13 @@ def check_chunks(config: DecoderConfig, rows: list[list[int]], cuts: list[tuple[
         for row, (start, length) in enumerate(zip(seen, lengths, strict=True)):
             whole = model(torch.tensor([rows[row][: start + length]]))[0, start:]
             what = f"row {row}'s logits for tokens {start} to {start + length - 1}, fed as {cuts},"
-            check_close(logits[row, :length], whole, what, rtol=1e-6, atol=1e-8, hint=hint)
+            check_close(logits[row, :length], whole, what, rtol=1e-4, atol=1e-5, hint=hint)
         seen = [start + length for start, length in zip(seen, lengths, strict=True)]
 
 
 hint = "Is every token written before anyone looks, with its own layer's tensors, and is the mask used?"
 with patch.dict(globals(), pieces), torch.inference_mode():
-    store = Watched(Store(small_config(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2), 1, 4))
+    store = Watched(small_config(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2), 1, 4)
     store.begin(PaddedBatch(starts=(0,), lengths=(3,)))
     values = torch.tensor([[2.0, 0], [4, 0], [9, 0]])[None, :, None]
     store.attend(0, torch.zeros(1, 3, 1, 2), torch.zeros(1, 3, 1, 2), values)
