@@ -100,7 +100,8 @@ def check_module(
     check_close(got, expected, "the output", rtol=1e-4, atol=1e-6, hint=hint)
     check(got.requires_grad, f"no gradient flows back from the output: do not detach anything. {hint}")
     got.square().sum().backward()
-    check_close(ours.grad, theirs.grad, "the gradient on x", rtol=1e-4, atol=1e-6, hint=hint)
+    largest = float(theirs.grad.abs().max())  # the package's attention has its softmax in float32
+    check_close(ours.grad, theirs.grad, "the gradient on x", rtol=1e-3, atol=1e-3 * largest, hint=hint)
 
 
 # %% [markdown]
@@ -700,7 +701,7 @@ def wrong_ones(translator: Translator, numbers: Sequence[int]) -> list[str]:
     """What became of the numbers that do not come out right."""
     found = translator.translate_all([english(n) for n in numbers])
     return [
-        f"{english(n)!r} became {text!r}, and should be {chinese(n)!r}"
+        f"{english(n)!r} became {text[:20]!r}, and should be {chinese(n)!r}"
         for text, n in zip(found, numbers, strict=True)
         if text != chinese(n)
     ]
