@@ -42,6 +42,7 @@ import random
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,7 +122,7 @@ def check_module(
 #
 # | | | |
 # | --- | --- | --- |
-# | first sublayer | norm: (−1, 1) | attention: (−10, 10) | 
+# | first sublayer | norm: (−1, 1) | attention: (−10, 10) |
 # | added to x | (−9, 13) | |
 # | second sublayer | norm: (−11, 11) | feed_forward: (−10, 12) |
 # | added | **(−19, 25)** | |
@@ -268,9 +269,7 @@ for _ in range(3):
     lengths = torch.tensor([source, *(draw(1, source, generator) for _ in range(3))])
     for mask in (None, (torch.arange(source) < lengths[:, None])[:, None, None]):
         masked = "without a mask" if mask is None else f"masked behind {lengths.tolist()}"
-        check_module(
-            lambda *inputs: cross_attention(layer, *inputs), layer, x, (k, v, mask), f"({masked}, seed {seed})"
-        )
+        check_module(partial(cross_attention, layer), layer, x, (k, v, mask), f"({masked}, seed {seed})")
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -621,9 +620,7 @@ def check_until(scores: list[float], target: float, every: int, max_steps: int) 
     reached = next((number for number, value in enumerate(scores) if value >= target), len(scores))
     taken = min((reached + 1) * every, max_steps)
     asked = f"scores {scores}, target {target}, every {every}, max_steps {max_steps}:"
-    expected = [
-        call for n in range(taken) for call in ([f"step {n}"] + (["score"] if (n + 1) % every == 0 else []))
-    ]
+    expected = [call for n in range(taken) for call in ([f"step {n}"] + (["score"] if (n + 1) % every == 0 else []))]
     check_equal(calls, expected, f"{asked} calls")
     check_equal(got, [number / 2 for number in range(taken)], f"{asked} the losses")
 
@@ -693,8 +690,12 @@ class MyBatch:
 
     def loss(self, model: Seq2Seq, smoothing: float) -> Tensor:
         rows = [[token for token in row if token not in (IGNORED, self.stop_id)] for row in self.batch.targets.tolist()]
-        inputs, labels = shift(rows, self.start_id, self.stop_id)
-        return smoothed_loss(model(self.batch.source, inputs, self.batch.source_lengths), labels, smoothing)
+        shifted = shift(rows, self.start_id, self.stop_id)
+        check(isinstance(shifted, tuple) and len(shifted) == 2, "shift should return two tensors, inputs and labels")
+        inputs, labels = shifted
+        loss = smoothed_loss(model(self.batch.source, inputs, self.batch.source_lengths), labels, smoothing)
+        check(isinstance(loss, Tensor), f"smoothed_loss returned {type(loss).__name__}, and should return a tensor")
+        return loss
 
 
 def wrong_ones(translator: Translator, numbers: Sequence[int]) -> list[str]:
@@ -761,8 +762,9 @@ def check_score(translator: Translator, numbers: list[int]) -> None:
 
 with without(*closed):
     translator, losses = train_translator(target=0.95)
-check(isinstance(losses, list) and len(losses) > 0, "train_until returned no losses")
-check(losses[-1] < 0.3 < losses[0], f"the loss went from {losses[0]} to {losses[-1]}, and should fall below 0.3. {hint}")
+are_losses = isinstance(losses, list) and len(losses) > 0 and all(isinstance(loss, float) for loss in losses)
+check(are_losses, "train_until should return the list of losses, and train_step each of them as a float")
+check(losses[-1] < 0.3 < losses[0], f"the loss went from {losses[0]} to {losses[-1]}, not below 0.3. {hint}")
 check_score(translator, sorted(set(sample(random.Random(2), 400, held_out=True, max_digits=4))))
 ### BEGIN HIDDEN TESTS
 check_score(translator, sorted(set(sample(random.SystemRandom(), 400, held_out=True, max_digits=4))))

@@ -76,7 +76,7 @@ MISTAKES: list[dict[str, Any]] = [
         "name": "PyTorch's loss is handed in",
         "solution": "a2_loss",
         "old": "    real = labels != IGNORED\n",
-        "new": "    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)\n",
+        "new": "    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())\n",
         "loses": {"a2_loss_tests": 15, "a2_translator_tests": 15},
         "message": "this task is about writing it yourself: do not use torch.nn.functional:cross_entropy",
     },

@@ -64,7 +64,7 @@ MISTAKES: list[dict[str, Any]] = [
         "name": "the package's answer is handed in",
         "solution": "a3_store",
         "old": "        self.specs = config.attention_specs  # one a layer",
-        "new": "        self.package = ContiguousCache(config, batch_size, max_len)\n        self.specs = config.attention_specs",
+        "new": "        ContiguousCache(config, batch_size, max_len)\n        self.specs = config.attention_specs",
         "loses": {"a3_room_tests": 10, "a3_attend_tests": 20, "a3_story_tests": 10},
         "message": "this task is about writing it yourself",
     },
