@@ -583,7 +583,7 @@ for (name, ours), theirs in zip(mine.named_parameters(), package.parameters(), s
 # - after every `every` steps call `score()`, and stop when it says `target` or more;
 # - stop after `max_steps` steps in any case. Return the list of losses.
 #
-# *By hand:* `every=2`, `target=0.9`, and a score that is 0.5, then 0.95: steps 0, 1, score 0.5, steps 2, 3, score 0.95,
+# *By hand:* `every=2`, `target=0.9`, and a score that is 0.5, then 0.9: steps 0, 1, score 0.5, steps 2, 3, score 0.9,
 # end. Four losses.
 
 
@@ -625,7 +625,7 @@ def check_until(scores: list[float], target: float, every: int, max_steps: int) 
     check_equal(got, [number / 2 for number in range(taken)], f"{asked} the losses")
 
 
-check_until([0.5, 0.95], target=0.9, every=2, max_steps=100)
+check_until([0.5, 0.9], target=0.9, every=2, max_steps=100)
 check_until([0.5, 0.5, 0.5, 0.5], target=0.9, every=2, max_steps=5)
 ### BEGIN HIDDEN TESTS
 for _ in range(5):

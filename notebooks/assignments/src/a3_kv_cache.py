@@ -170,8 +170,8 @@ for _ in range(5):
         expected[row, batch.starts[row] + step] = new[row, step]
     with without("minillm.cache.contiguous:ContiguousCache"):
         write(slots, new, batch)
-    check_close(slots, expected, f"slots, after {batch} (seed {seed}),", hint=hint)
-    check_close(new, brought, f"new, after {batch} (seed {seed}),", hint="It is only to be read.")
+    check_close(slots, expected, f"slots (after {batch}, seed {seed})", hint=hint)
+    check_close(new, brought, f"new (after {batch}, seed {seed})", hint="It is only to be read.")
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -435,7 +435,7 @@ def check_chunks(config: DecoderConfig, rows: list[list[int]], cuts: list[tuple[
         logits = model(pad_right(fed), batch.positions(), store)
         for row, (start, length) in enumerate(zip(seen, lengths, strict=True)):
             whole = model(torch.tensor([rows[row][: start + length]]))[0, start:]
-            what = f"row {row}'s logits for tokens {start} to {start + length - 1}, fed as {cuts},"
+            what = f"logits (row {row}, tokens {start} to {start + length - 1}, fed as {cuts})"
             check_close(logits[row, :length], whole, what, rtol=1e-4, atol=1e-5, hint=hint)
         seen = [start + length for start, length in zip(seen, lengths, strict=True)]
 
@@ -449,6 +449,7 @@ with patch.dict(globals(), pieces), torch.inference_mode():
     store.begin(PaddedBatch(starts=(3,), lengths=(1,)))
     q, k, v = (torch.tensor(numbers)[None, None, None] for numbers in ([5.0, 5], [0.0, 0], [1.0, 8]))
     check_close(store.attend(0, q, k, v).flatten(), torch.tensor([4.0, 2]), "what comes out by hand", hint=hint)
+    torch.manual_seed(0)
     prompts = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8]]
     check_chunks(small_config(), prompts, [(4, 2), (1, 1), (1, 1)], hint)  # prompts, then a token at a time
     check_chunks(small_config(), prompts, [(2, 1), (3, 1), (1, 2)], hint)  # in chunks

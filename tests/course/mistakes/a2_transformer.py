@@ -102,6 +102,6 @@ MISTAKES: list[dict[str, Any]] = [
         "old": ">= target",
         "new": "> target",
         "loses": {"a2_until_tests": 5},
-        "message": "calls[",
+        "message": "calls has 9 items, and should have 6",
     },
 ]
