@@ -81,14 +81,6 @@ MISTAKES: list[dict[str, Any]] = [
         "message": "this task is about writing it yourself: do not use torch.nn.functional:cross_entropy",
     },
     {
-        "name": "gradients of earlier steps remain",
-        "solution": "a2_step",
-        "old": "    optimizer.zero_grad()\n",
-        "new": "",
-        "loses": {"a2_step_tests": 10, "a2_translator_tests": 15},
-        "message": "Does the gradient of the step before remain (zero_grad)?",
-    },
-    {
         "name": "gradients are not clipped",
         "solution": "a2_step",
         "old": "    nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n",
