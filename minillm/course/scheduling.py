@@ -157,7 +157,7 @@ def random_scenes(
             decode = decodes and (not chunks or rng.random() < 0.5)
             running.append((tokens, tokens - 1 if decode else rng.randrange(0, tokens - 1)))
         waiting = tuple(rng.randrange(1, 40) for _ in range(rng.randrange(5)))
-        sizes = {"free": rng.randrange(12), "seats": rng.randrange(len(running), 9), "budget": rng.randrange(9, 40)}
+        sizes = {"free": rng.randrange(1, 12), "seats": rng.randrange(len(running), 9), "budget": rng.randrange(9, 40)}
         scenes.append(Scene(tuple(running), waiting, **sizes | fixed))
     return scenes
 
@@ -292,14 +292,14 @@ def compare_in_engine(
     return got
 
 
-def traffic(seed: int, count: int = 120) -> list[Arrival]:
+def traffic(seed: int, count: int = 100) -> list[Arrival]:
     """Requests that come in bursts: many short prompts, some long ones, answers of all lengths."""
     rng = random.Random(seed)
     time, arrivals = 0.0, []
     for _ in range(count):
-        time += rng.expovariate(40 if rng.random() < 0.8 else 3)
+        time += rng.expovariate(70 if rng.random() < 0.85 else 10)
         prompt = rng.randrange(400, 900) if rng.random() < 0.15 else rng.randrange(10, 120)
-        arrivals.append(Arrival(time, prompt, rng.randrange(10, 80)))
+        arrivals.append(Arrival(time, prompt, rng.randrange(20, 120)))
     return arrivals
 
 
@@ -308,12 +308,12 @@ FIRST_TOKEN, NEXT_TOKEN = 1.0, 0.04
 
 
 def on_clock(scheduler_class: type[Scheduler], arrivals: Sequence[Arrival]) -> Simulation:
-    """Serve this traffic on the simulator: 24 seats, 200 tokens a step, 160 blocks of 16 tokens.
+    """Serve this traffic on the simulator: 24 seats, 200 tokens a step, 320 blocks of 16 tokens.
 
     Raises:
         CheckError: a step broke a rule, or the scheduler stopped with an error.
     """
-    pool = BlockPool(160, 16, enable_prefix_caching=False)
+    pool = BlockPool(320, 16, enable_prefix_caching=False)
     scheduler = watched(scheduler_class)(SchedulerConfig(24, 200, 2000), pool)
     try:
         return serve(arrivals, scheduler, CostModel())

@@ -55,7 +55,7 @@ MISTAKES = [
         "old": "child.blocks = list(self.blocks)",
         "new": "child.blocks = self.blocks",
         "loses": {"forking": 5, "engine_tokens": 10},
-        "message": "parent and child have one and the same list of blocks",
+        "message": "parent and child have one list of blocks",
     },
     {
         "name": "after a copy the shared block is not let go",
@@ -63,6 +63,6 @@ MISTAKES = [
         "old": "self.pool.free([shared])",
         "new": "pass",
         "loses": {"copying": 10, "engine_tokens": 10},
-        "message": "Was the shared block let go?",
+        "message": "Nobody else holds block 1 any more.",
     },
 ]
