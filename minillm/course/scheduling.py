@@ -211,7 +211,8 @@ class Watch(Scheduler):
         running, waiting = list(self.running), list(self.waiting)
         decodes = [request for request in running if request.num_uncomputed_tokens == 1]
         step = super().schedule()
-        check(isinstance(step, Schedule), f"schedule should return a Schedule, not {step!r}")
+        if not isinstance(step, Schedule):
+            raise CheckError(f"schedule should return a Schedule, not {step!r} (is a return missing?)")
         told = f"step {self.num_steps}: "
         _check_sizes(self, step, told)
         _check_parts(self, step, told)

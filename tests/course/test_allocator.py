@@ -1,4 +1,4 @@
-"""The judges of assignment 4: what is right passes; a planted mistake is told by the shortest sequence that shows it."""
+"""The judges of assignment 4: right pieces pass; a planted mistake is told by the shortest sequence that shows it."""
 
 from __future__ import annotations
 
