@@ -1,0 +1,68 @@
+"""Typical mistakes in assignment 4, and what each costs."""
+
+MISTAKES = [
+    {
+        "name": "a block freed twice is not noticed",
+        "solution": "counting",
+        "old": 'raise ValueError(f"block {block} is given back, and nobody holds it")',
+        "new": "pass",
+        "loses": {"counting_twice": 5},
+        "message": "nobody holds block",
+    },
+    {
+        "name": "what became free last is given out first",
+        "solution": "counting",
+        "old": "self._free[block] = None",
+        "new": "self._free[block] = None; self._free.move_to_end(block, last=False)",
+        "loses": {"counting_order": 5},
+        "message": "A block that becomes free goes to the end.",
+    },
+    {
+        "name": "allocate goes through the whole queue",
+        "solution": "counting",
+        "old": "block, _ = self._free.popitem(last=False)",
+        "new": "block = list(self._free)[0]; del self._free[block]",
+        "loses": {"counting_work": 5},
+        "message": "of 2000 blocks: it should take the same few steps",
+    },
+    {
+        "name": "the hash leaves the parent out",
+        "solution": "content_hash",
+        "old": 'digest.update(len(parent).to_bytes(8, "little") + parent)',
+        "new": "",
+        "loses": {"content_hash": 10},
+        "message": "Does it depend on the parent?",
+    },
+    {
+        "name": "a block keeps its old name",
+        "solution": "finding",
+        "old": "self.forget(block)",
+        "new": "pass",
+        "loses": {"finding": 15},
+        "message": "Block 3 has one name at a time.",
+    },
+    {
+        "name": "the beginning is given back before the end",
+        "solution": "growing",
+        "old": "self.pool.free(reversed(self.blocks[keep:]))",
+        "new": "self.pool.free(self.blocks[keep:])",
+        "loses": {"shrinking": 10},
+        "message": "The last block is given back first.",
+    },
+    {
+        "name": "parent and child have one list",
+        "solution": "sharing",
+        "old": "child.blocks = list(self.blocks)",
+        "new": "child.blocks = self.blocks",
+        "loses": {"forking": 5, "engine_tokens": 10},
+        "message": "parent and child have one list of blocks",
+    },
+    {
+        "name": "after a copy the shared block is not let go",
+        "solution": "sharing",
+        "old": "self.pool.free([shared])",
+        "new": "pass",
+        "loses": {"copying": 10, "engine_tokens": 10},
+        "message": "Nobody else holds block 1 any more.",
+    },
+]
