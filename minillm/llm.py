@@ -33,6 +33,7 @@ from minillm.models.loader import load_model
 from minillm.models.source import resolve
 from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids, token_ids
 from minillm.text import read_json
+from minillm.transformer.decoder import Decoder
 from minillm.transformer.linear import QUANTIZATIONS, pack, quantize
 from minillm.transformer.search import Hypothesis
 
@@ -293,6 +294,11 @@ class LLM:
         return [self._beams(tokens, params) for tokens in tqdm(ids, desc="Beam search", disable=not use_tqdm)]
 
     # --- looking and tidying
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model itself."""
+        return self._check_open().decoder
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

@@ -12,9 +12,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 from jaxtyping import Int
 from matplotlib.axes import Axes
@@ -23,8 +22,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from minillm.errors import InvalidRequestError
+from minillm.viz.explorer import Explorer, choice, number_slider
 from minillm.viz.memory import Machine
-from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, MARKERS, ORANGE, SKY, png
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, MARKERS, ORANGE, SKY
 
 SECTOR = 32
 """Bytes that memory gives at the least (NVIDIA, Nsight Compute documentation: "sector")."""
@@ -243,34 +243,15 @@ def plot_splits(kv_heads: int = 8, batch: int = 1, keys: int = 65_536, gpu: str 
     return plot_busy(drawn, GPUS[gpu], title=title or said)
 
 
-def explore_splits(kv_heads: int = 8, batch: int = 1, keys: int = 65_536, gpu: str = "H100") -> widgets.VBox:
+def explore_splits(kv_heads: int = 8, batch: int = 1, keys: int = 65_536, gpu: str = "H100") -> Explorer:
     """`plot_splits` with a control for each of its arguments; needs a running kernel to move."""
-    long = {"style": {"description_width": "110px"}, "layout": {"width": "480px"}}
-    sliders = (
-        ("key/value heads", EXPLORED_KV_HEADS, kv_heads),
-        ("sequences", EXPLORED_BATCHES, batch),
-        ("tokens each", EXPLORED_KEYS, keys),
+    controls = (
+        number_slider("key/value heads", EXPLORED_KV_HEADS, kv_heads),
+        number_slider("sequences", EXPLORED_BATCHES, batch),
+        number_slider("tokens each", EXPLORED_KEYS, keys),
+        choice("GPU", GPUS, gpu),
     )
-    controls = [
-        widgets.SelectionSlider(
-            options=[(f"{choice:,}", choice) for choice in choices],
-            value=value,
-            description=name,
-            continuous_update=False,
-            **long,
-        )
-        for name, choices, value in sliders
-    ]
-    controls.append(widgets.Dropdown(options=list(GPUS), value=gpu, description="GPU", **long))
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_splits(*(control.value for control in controls)))
-
-    for control in controls:
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*controls, image])
+    return Explorer(controls, plot_splits)
 
 
 class AttentionTile(NamedTuple):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +15,8 @@ from matplotlib.patches import Arc, Circle
 from torch import Tensor
 
 from minillm.transformer.positions import RotaryConfig, RotaryEmbedding, apply_rotary, rotary_frequencies
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, png
+from minillm.viz.explorer import Explorer, slider
+from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY
 
 EXPLORED = RotaryConfig(dim=16, interleaved=True)
 """The head that `plot_rotary` draws unless told otherwise: 8 pairs of neighbouring channels."""
@@ -184,23 +184,14 @@ def plot_rotary(
 
 def explore_rotary(
     query_position: int = 12, key_position: int = 5, pair: int = 2, *, config: RotaryConfig = EXPLORED
-) -> widgets.VBox:
+) -> Explorer:
     """`plot_rotary` with a slider for each of its numbers; needs a running kernel to move."""
-    long = {"style": {"description_width": "110px"}, "layout": {"width": "480px"}, "continuous_update": False}
-    sliders = (
-        widgets.IntSlider(query_position, 0, LAST_POSITION, description="query position", **long),
-        widgets.IntSlider(key_position, 0, LAST_POSITION, description="key position", **long),
-        widgets.IntSlider(pair, 0, config.dim // 2 - 1, description="pair of channels", **long),
+    controls = (
+        slider("query position", query_position, 0, LAST_POSITION),
+        slider("key position", key_position, 0, LAST_POSITION),
+        slider("pair of channels", pair, 0, config.dim // 2 - 1),
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_rotary(*(slider.value for slider in sliders), config=config))
-
-    for slider in sliders:
-        slider.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*sliders, image])
+    return Explorer(controls, partial(plot_rotary, config=config))
 
 
 def _as_pairs(x: Float[Tensor, "tokens dim"], config: RotaryConfig) -> Float[Tensor, "tokens half 2"]:

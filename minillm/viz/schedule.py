@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,9 +17,10 @@ from matplotlib.patches import Patch, Rectangle
 from minillm.engine.params import SamplingParams
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.engine.trace import Trace, TracedPart, TracedStep
-from minillm.errors import ConfigError, InvalidRequestError
+from minillm.errors import InvalidRequestError
 from minillm.llm import LLM, Prompt
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, ORANGE, RED, png
+from minillm.viz.explorer import Explorer, Steps
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, ORANGE, RED
 
 BLOCKS_PER_ROW = 32
 CHARACTER = 0.009
@@ -438,27 +438,57 @@ def _name(axes: Axes, x: float, y: float, name: str, size: int) -> None:
 
 
 def explore_schedule(
-    llm: LLM, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
-) -> widgets.VBox:
-    """`plot_schedule` with a slider over the steps in which `llm` answers `prompts`; needs a running kernel to move.
+    llm: LLM,
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+) -> Explorer:
+    """`plot_schedule` of the steps in which `llm` answers `prompts`, to go through forth and back, or to play.
+
+    The answers are computed at once; `llm` is free afterwards.
 
     Raises:
-        ConfigError: an engine that keeps no trace.
+        InvalidRequestError: no prompts, or what `LLM.generate` refuses.
     """
-    if llm.trace is None:
-        raise ConfigError("this LLM keeps no trace: make it with LLM(..., trace=True)")
-    before = len(llm.trace.steps)
-    llm.generate(prompts, sampling_params, use_tqdm=False)
-    trace = Trace(llm.trace.steps[before:])
+    trace = _trace_of(llm, prompts, sampling_params)
     config = llm.engine.scheduler.config
-    slider = widgets.IntSlider(
-        0, 0, len(trace.steps) - 1, description="step", continuous_update=False, layout={"width": "600px"}
+    steps = Steps.to(len(trace.steps) - 1)
+    return Explorer(
+        [steps.slider],
+        lambda number: plot_schedule(trace, number, config),
+        lambda number: describe_step(trace, number),
+        rows=[steps.row],
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_schedule(trace, slider.value, config))
 
-    slider.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([slider, image])
+def _trace_of(
+    llm: LLM, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> Trace:
+    """The steps in which these prompts are answered; they are in the LLM's own trace too, where it keeps one."""
+    trace = Trace() if llm.trace is None else llm.trace
+    before = len(trace.steps)
+    llm.engine.trace = trace
+    try:
+        llm.generate(prompts, sampling_params)
+    finally:
+        llm.engine.trace = llm.trace
+    if len(trace.steps) == before:
+        raise InvalidRequestError("nothing was computed: give at least one prompt")
+    return Trace(trace.steps[before:])
+
+
+def describe_step(trace: Trace, number: int) -> str:
+    """What a step did for whom, in words.
+
+    Raises:
+        InvalidRequestError: an empty trace, or no such step.
+    """
+    step = _steps(trace)[_existing(trace, number)]
+    states = request_states(trace)[number]
+    counts = {part.name: part.count for part in step.parts}
+    said = []
+    for state, look in LOOKS.items():
+        names = [name for name, its in states.items() if its == state]
+        tokens = sum(counts.get(name, 0) for name in names)
+        if names:
+            said.append(f"{look.label.removesuffix(' (tokens)')}: {', '.join(names)}" + (f" ({tokens})" * bool(tokens)))
+    return f"Step {number}, {sum(counts.values())} tokens. " + "; ".join(said) + "."

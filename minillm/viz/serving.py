@@ -9,7 +9,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any
 
 import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
@@ -19,8 +18,9 @@ from matplotlib.patches import Patch
 
 from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
+from minillm.viz.explorer import Explorer, slider
 from minillm.viz.schedule import block_holders
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, PURPLE, RED, png
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, PURPLE, RED
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
@@ -241,22 +241,11 @@ def plot_utilisation(utilisation: float, *, even: bool = False, num: int = 40, s
     )
 
 
-def explore_queue() -> widgets.VBox:
+def explore_queue() -> Explorer:
     """`plot_utilisation` with controls; needs a running kernel to move."""
-    utilisation = widgets.FloatSlider(
-        0.8, min=0.1, max=1.3, step=0.1, description="utilisation", continuous_update=False
-    )
-    seed = widgets.IntSlider(2, min=0, max=20, description="seed", continuous_update=False)
-    even = widgets.Checkbox(False, description="evenly spaced")
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_utilisation(utilisation.value, even=even.value, seed=seed.value))
-
-    for control in (utilisation, seed, even):
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([widgets.HBox([utilisation, seed, even]), image])
+    even = widgets.Checkbox(False, description="evenly spaced", indent=False)
+    controls = (slider("utilisation", 0.8, 0.1, 1.3, 0.1), slider("seed", 2, 0, 20), even)
+    return Explorer(controls, lambda utilisation, seed, even: plot_utilisation(utilisation, even=even, seed=seed))
 
 
 # --- metrics and load
