@@ -445,21 +445,20 @@ def explore_attention(
         names, maps, count = read(text)
         cut = f" The first {MOST_NAMED} of {count} tokens are drawn." if count > MOST_NAMED else ""
         hint = (
-            f"Layer {layer}, head {head}: point at a token to see where it looks; until then it is the last one.{cut}"
+            f"Layer {layer}, head {head}: point at a token to see where it looks; until then the last one looks.{cut}"
         )
-        return f"{hint}{look_back_html(names, maps[layer, head])}"
+        return hint + look_back_html(names, maps[layer, head])
 
     return Explorer(controls, draw, tell)
 
 
 def look_back_html(tokens: Sequence[str], weights: Float[Tensor, "seq seq"]) -> str:
-    """The text as HTML: the token that is pointed at looks, and each token is shaded by its weight (as in `plot_heads`).
+    """The text as HTML: the token that is pointed at looks, and each is shaded by its weight (as in `plot_heads`).
 
     Styles alone do it, so that it works where no kernel runs. The token's tooltip tells the largest weights in numbers.
     """
-    shades = [
-        ";".join(f"--k{key}:{math.sqrt(weight):.2f}" for key, weight in enumerate(row)) for row in weights.tolist()
-    ]
+    roots = weights.sqrt().tolist()
+    shades = [";".join(f"--k{key}:{shade:.2f}" for key, shade in enumerate(row)) for row in roots]
     name = "look-" + blake2b("".join([*tokens, *shades]).encode(), digest_size=8).hexdigest()
     spans = [_looking_token(number, tokens, row) for number, row in enumerate(weights)]
     rules = [f".{name}:has(.q{number}:hover){{{shade}}}" for number, shade in enumerate(shades)]
@@ -473,10 +472,8 @@ def look_back_html(tokens: Sequence[str], weights: Float[Tensor, "seq seq"]) -> 
 def _looking_token(number: int, tokens: Sequence[str], row: Float[Tensor, "seq"]) -> str:
     """One token of `look_back_html`; its own shade is a variable that the rules set."""
     names = [token.replace(r"\$", "$") for token in tokens]
-    best = row.topk(min(3, number + 1))
-    most = [
-        f"{names[key]} {weight:.0%}" for weight, key in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+    best = row.topk(min(3, number + 1)).indices.tolist()
+    most = [f"{names[key]} {float(row[key]):.0%}" for key in best]
     tip = html.escape(f"{names[number]} looks at: {', '.join(most)}")
     style = f"background:rgb(86 180 233 / var(--k{number},0));padding:2px 1px"  # SKY: black is readable on all of it
     shown = f"<span class='q{number}' title='{tip}' style='{style}'>{html.escape(names[number])}</span>"

@@ -293,7 +293,7 @@ def explore_sampling(
     stop_ids: Collection[int] | None = None,
     max_tokens: int = DRAWN_TOKENS,
 ) -> Explorer:
-    """`plot_sampling` with sliders for temperature (0 is greedy), top-k (0 keeps all), top-p, min-p and seed; the line is
+    """`plot_sampling` with sliders for temperature (0 is greedy), top-k, top-p, min-p and seed; above it
     a continuation drawn with them.
 
     Args:

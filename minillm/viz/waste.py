@@ -304,9 +304,8 @@ def explore_memory(
     def go_to_same_time(_: Any) -> None:
         memory = served(policies.value).memory
         steps.slider.unobserve(note_time, names="value")
-        steps.set(
-            len(memory) - 1, next((n for n, now in enumerate(memory) if now.end >= shown["time"]), len(memory) - 1)
-        )
+        last = len(memory) - 1
+        steps.set(last, next((n for n, now in enumerate(memory) if now.end >= shown["time"]), last))
         steps.slider.observe(note_time, names="value")
 
     # Before the explorer listens: it finds the step changed already.
