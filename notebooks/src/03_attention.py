@@ -32,7 +32,7 @@ from minillm.viz import (
     SilencingStore,
     attention_maps,
     best_head,
-    explore_heads,
+    explore_attention,
     next_token_probabilities,
     plot_cost,
     plot_groups,
@@ -408,10 +408,11 @@ plot_head(maps[sharpest], names, title=title)
 plt.show()
 
 # %% [markdown]
-# The explorer shows any head on any text; the sliders need a running kernel.
+# The explorer shows any head on any text; the sliders need a running kernel. In the text above the picture, point at a
+# token: all are shaded by how much it looks at them.
 
 # %% tags=["nbval-ignore-output"]
-explore_heads(model, tokenizer, text, layer=sharpest[0], head=sharpest[1])
+explore_attention(model, text, tokenizer=tokenizer, layer=sharpest[0], head=sharpest[1])
 
 # %% [markdown]
 # ### Finding heads by measuring
