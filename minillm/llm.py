@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from minillm.cache.backends import attention_backend as choose_backend
@@ -24,7 +23,7 @@ from minillm.engine.cuda_graphs import ladder
 from minillm.engine.engine import Engine
 from minillm.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from minillm.engine.params import BeamSearchParams, RequestOutputKind, SamplingParams
-from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization, note_compiling, num_kv_blocks
+from minillm.engine.runner import ModelRunner, check_gpu_memory_utilization, num_kv_blocks
 from minillm.engine.sampler import Sampler
 from minillm.engine.scheduler import Scheduler, SchedulerConfig
 from minillm.engine.trace import Trace
@@ -32,6 +31,7 @@ from minillm.errors import ConfigError, InvalidRequestError, OutOfMemoryError, T
 from minillm.models.loader import load_model
 from minillm.models.source import resolve
 from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids, token_ids
+from minillm.progress import note, progress
 from minillm.text import read_json
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.linear import QUANTIZATIONS, pack, quantize
@@ -149,7 +149,7 @@ class LLM:
         """What the model's publisher recommends in generation_config.json, by `SamplingParams`' names."""
         self._end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
         self._sizes = sizes
-        with note_compiling():
+        with note("preparing kernels for this machine; what is compiled is kept on disk"):
             num_blocks = num_gpu_blocks_override
             if num_blocks is None:
                 room = num_kv_blocks(
@@ -198,7 +198,7 @@ class LLM:
         Args:
             prompts: one or several texts, token ids, ``{"prompt": …}`` or ``{"prompt_token_ids": …}``.
             sampling_params: for all, or one for each; what the model's publisher recommends when None.
-            use_tqdm: show progress.
+            use_tqdm: show progress, if it takes longer than two seconds.
 
         Raises:
             InvalidRequestError: a prompt or a parameter that cannot be; nothing has been generated then.
@@ -207,7 +207,7 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         written = 0
         start = time.perf_counter()
-        with tqdm(total=len(names), desc="Processed prompts", disable=not use_tqdm) as bar:
+        with progress(total=len(names), desc="Processed prompts", show=use_tqdm) as bar:
             for output in self._run(names):
                 if output.finished:
                     done[output.request_id] = output
@@ -291,7 +291,7 @@ class LLM:
         ids = [self._token_ids(prompt)[1] for prompt in _many(prompts)]
         for tokens in ids:
             self._check_beam_prompt(tokens, params)
-        return [self._beams(tokens, params) for tokens in tqdm(ids, desc="Beam search", disable=not use_tqdm)]
+        return [self._beams(tokens, params) for tokens in progress(ids, desc="Beam search", show=use_tqdm)]
 
     # --- looking and tidying
 

@@ -26,7 +26,7 @@ from minillm.transformer.attention import dot_product_attention
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch, pad_right
 from minillm.viz.explorer import Explorer, reader_of, slider, text_field
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY
+from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, arrow, ink, ink_on
 
 WEIGHTS = LinearSegmentedColormap.from_list("weights", ["white", SKY, BLUE, "#002b45"])
 """From no weight to all of it."""
@@ -156,14 +156,14 @@ def plot_lookup(
     limit = 1.25 * max(float(x.abs().max()) for x in (query, keys, values))
     for panel, vectors, heading in ((left, keys, "query and keys"), (right, values, "values and their mean")):
         for name, vector, colour in zip(names, vectors.tolist(), COLOURS, strict=False):
-            _arrow(panel, vector, colour, name)
+            _named_arrow(panel, vector, colour, name)
         panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=heading)
         panel.set(xlabel="channel 0", ylabel="channel 1")
         panel.axhline(0, color=GREY, linewidth=0.6)
         panel.axvline(0, color=GREY, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    _arrow(left, query.tolist(), "black", "query", width=3, above=bool(query[1] > 0))
-    _arrow(right, result.tolist(), "black", "output", width=3, above=bool(result[1] > 0))
+    _named_arrow(left, query.tolist(), "black", "query", width=3, above=bool(query[1] > 0))
+    _named_arrow(right, result.tolist(), "black", "output", width=3, above=bool(result[1] > 0))
     bars = middle.bar(list(names), weights.tolist(), color=COLOURS[: len(names)])
     middle.bar_label(bars, fmt="{:.2f}", padding=2)
     middle.set(ylim=(0, 1.1), ylabel="weight", title="softmax of the products")
@@ -507,19 +507,20 @@ def _grid(axes: Axes, table: Tensor, **style: Any) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def _arrow(
+def _named_arrow(
     axes: Axes, vector: Sequence[float], colour: str, name: str, *, width: float = 2, above: bool = False
 ) -> None:
     """From the origin; its name stands beyond the tip, or above it."""
     x, y = vector
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (x, y), (0, 0), arrowprops=style)
+    arrow(axes, (0, 0), (x, y), colour, width=width)
     length = math.hypot(x, y) or 1.0
     dx, dy = (0.0, 1.0) if above else (x / length, y / length)
     sides = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
     heights = "bottom" if dy > 0.3 else "top" if dy < -0.3 else "center"
     offset = (5 * dx, 5 * dy)
-    axes.annotate(name, (x, y), offset, textcoords="offset points", color=colour, weight="bold", ha=sides, va=heights)
+    axes.annotate(
+        name, (x, y), offset, textcoords="offset points", color=ink(colour), weight="bold", ha=sides, va=heights
+    )
 
 
 def _head(axes: Axes, x: float, y: float, name: str, colour: str, *, filled: bool) -> None:
@@ -527,4 +528,4 @@ def _head(axes: Axes, x: float, y: float, name: str, colour: str, *, filled: boo
     axes.add_patch(
         FancyBboxPatch((x - 0.3, y - 0.17), 0.6, 0.34, boxstyle="round,pad=0.06", facecolor=face, edgecolor=colour)
     )
-    axes.text(x, y, name, ha="center", va="center", fontsize=8, color="white" if filled else "black")
+    axes.text(x, y, name, ha="center", va="center", fontsize=8, color=ink_on(face))

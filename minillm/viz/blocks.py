@@ -25,7 +25,7 @@ from minillm.errors import InvalidRequestError
 from minillm.llm import LLM
 from minillm.viz.attention import token_names
 from minillm.viz.explorer import Explorer
-from minillm.viz.style import COLOURS, GREY, LIGHT
+from minillm.viz.style import COLOURS, GREY, LIGHT, ink
 
 COLUMNS = 6
 """Blocks beside each other."""
@@ -369,7 +369,9 @@ def _mark(axes: Axes, block: int, said: str, line: str, gid: str) -> None:
 
 def _draw_table(axes: Axes, view: _View, top: float) -> None:
     middle = top + HEADER + BODY / 2
-    axes.text(-0.1, middle - 0.05, view.name, fontsize=11, weight="bold", ha="right", va="bottom", color=view.colour)
+    axes.text(
+        -0.1, middle - 0.05, view.name, fontsize=11, weight="bold", ha="right", va="bottom", color=ink(view.colour)
+    )
     plural = "" if view.table.num_tokens == 1 else "s"
     axes.text(-0.1, middle, f"{view.table.num_tokens} token{plural}", fontsize=8, ha="right", va="top")
     pool = view.table.pool

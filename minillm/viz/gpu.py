@@ -24,7 +24,7 @@ from torch import Tensor
 from minillm.errors import InvalidRequestError
 from minillm.viz.explorer import Explorer, choice, number_slider
 from minillm.viz.memory import Machine
-from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, MARKERS, ORANGE, SKY
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, MARKERS, ORANGE, SKY, ink_on
 
 SECTOR = 32
 """Bytes that memory gives at the least (NVIDIA, Nsight Compute documentation: "sector")."""
@@ -117,8 +117,8 @@ def plot_owners(owners: Int[Tensor, "numbers"], *, title: str = "") -> Figure:
     for place, owner in enumerate(owners.tolist()):
         colour, hatch = (LIGHT, "///") if owner < 0 else (COLOURS[owner % len(COLOURS)], "")
         axes.add_patch(Rectangle((place, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white"))
-        label, ink = ("–", "black") if owner < 0 else (str(owner), "white")
-        axes.text(place + 0.5, 0.5, label, ha="center", va="center", fontsize=9, color=ink, weight="bold")
+        label = "–" if owner < 0 else str(owner)
+        axes.text(place + 0.5, 0.5, label, ha="center", va="center", fontsize=9, color=ink_on(colour), weight="bold")
     axes.set(xlim=(0, len(owners)), ylim=(0, 1), xlabel="place in the vector", title=title)
     axes.set_yticks([])
     shown = range(0, len(owners), 4)
@@ -177,8 +177,8 @@ def plot_packing(groups: Sequence[int], rows: int = 16, *, title: str = "") -> F
         for row in range(rows):
             colour, hatch = (BLUE, "") if row < group else (LIGHT, "///")
             panel.add_patch(Rectangle((0, row), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white"))
-            label, ink = (f"query head {row}", "white") if row < group else ("", "black")
-            panel.text(0.5, row + 0.5, label, ha="center", va="center", color=ink, fontsize=8)
+            label = f"query head {row}" if row < group else ""
+            panel.text(0.5, row + 0.5, label, ha="center", va="center", color=ink_on(colour), fontsize=8)
         panel.set(xlim=(0, 1), ylim=(rows, 0), xticks=[], xlabel="channels")
         panel.set_yticks([row + 0.5 for row in range(0, rows, 5)], [str(row) for row in range(0, rows, 5)])
         panel.set_title(f"groups of {group}:\n{group / rows:.0%} of the rows", fontsize=10)

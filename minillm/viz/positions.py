@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.transformer.positions import RotaryConfig, RotaryEmbedding, apply_rotary, rotary_frequencies
 from minillm.viz.explorer import Explorer, slider
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY
+from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, arrow, ink
 
 EXPLORED = RotaryConfig(dim=16, interleaved=True)
 """The head that `plot_rotary` draws unless told otherwise: 8 pairs of neighbouring channels."""
@@ -212,8 +212,7 @@ def _draw_circle(axes: Axes) -> None:
 
 
 def _draw_arrow(axes: Axes, angle: float, colour: str, *, width: float = 2.5, alpha: float = 1.0) -> None:
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "alpha": alpha, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (math.cos(angle), math.sin(angle)), (0, 0), arrowprops=style)
+    arrow(axes, (0, 0), (math.cos(angle), math.sin(angle)), colour, width=width, alpha=alpha)
 
 
 def _draw_turns(axes: Axes, query_position: int, key_position: int, frequency: float) -> None:
@@ -236,10 +235,10 @@ def _draw_turns(axes: Axes, query_position: int, key_position: int, frequency: f
         first = math.degrees(start)
         axes.add_patch(Arc((0, 0), 2 * radius, 2 * radius, theta1=first, theta2=first + sweep, color=colour, lw=1.5))
         where = label * math.cos(end), label * math.sin(end)
-        axes.text(*where, name, color=colour, weight="bold", ha="center", va="center")
+        axes.text(*where, name, color=ink(colour), weight="bold", ha="center", va="center")
     lines = ((-0.06, BLUE, "query", query_position), (-0.14, ORANGE, "key", key_position))
     for height, colour, name, position in lines:
         turn = position * frequency
         text = f"{name} at {position}: turned by {position} × {frequency:.3g} = {turn:.3g} rad"
         text += f" ({turn / (2 * math.pi):.2f} turns)"
-        axes.text(0.5, height, text, transform=axes.transAxes, color=colour, ha="center", fontsize=9)
+        axes.text(0.5, height, text, transform=axes.transAxes, color=ink(colour), ha="center", fontsize=9)

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -25,7 +24,7 @@ from minillm.transformer.decoder import Decoder
 from minillm.transformer.generation import generate
 from minillm.transformer.sampling import Sampling
 from minillm.viz.explorer import Explorer, reader_of, slider
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LINE_STYLES, ORANGE
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LINE_STYLES, ORANGE, arrow
 
 LIGHT = "#c8c8c8"
 SURPRISE = LinearSegmentedColormap.from_list("surprise", ("#ffffff", "#fbe3b0", ORANGE))
@@ -54,7 +53,7 @@ def plot_what_stays(*, title: str = "") -> Figure:
         axes.add_patch(outline)
         axes.text(x + 0.9, top + 0.25, f"{name}, N times", ha="center", color="black" if stays else GREY, weight="bold")
         axes.text(x + 0.9, 0.1, below, ha="center", color="black" if stays else GREY)
-        _arrow(axes, (x + 0.9, 0.32), (x + 0.9, 0.65))
+        arrow(axes, (x + 0.9, 0.32), (x + 0.9, 0.65))
         for number, sublayer in enumerate(sublayers):
             y = 0.85 + 0.85 * number
             colour = colours[sublayer] if stays else LIGHT
@@ -62,20 +61,16 @@ def plot_what_stays(*, title: str = "") -> Figure:
             causal = "causal " if stays and sublayer == attention else ""
             goes = not stays or sublayer == cross
             axes.text(
-                x + 0.9, y + 0.3, causal + sublayer, ha="center", va="center", color="#555555" if goes else "black"
+                x + 0.9, y + 0.3, causal + sublayer, ha="center", va="center", color="#444444" if goes else "black"
             )
         if stays:
             axes.text(x + 0.9, top + 1.05, "next token", ha="center")
-            _arrow(axes, (x + 0.9, top + 0.55), (x + 0.9, top + 0.98))
-    _arrow(axes, (1.95, 2.0), (2.6, 2.0))
+            arrow(axes, (x + 0.9, top + 0.55), (x + 0.9, top + 0.98))
+    arrow(axes, (1.95, 2.0), (2.6, 2.0))
     axes.text(5.25, 2.0, "→", fontsize=28, ha="center", va="center")
     axes.set(xlim=(-0.3, 8.4), ylim=(-0.1, 4.9), title=title)
     axes.set_axis_off()
     return figure
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": GREY})
 
 
 def plot_parameter_parts(models: Mapping[str, Mapping[str, int]], *, title: str = "") -> Figure:

@@ -20,7 +20,7 @@ from minillm.engine.trace import Trace, TracedPart, TracedStep
 from minillm.errors import InvalidRequestError
 from minillm.llm import LLM, Prompt
 from minillm.viz.explorer import Explorer, Steps
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, ORANGE, RED
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, ORANGE, RED, ink_on
 
 BLOCKS_PER_ROW = 32
 CHARACTER = 0.009
@@ -107,7 +107,8 @@ def plot_seats(plan: Sequence[Sitting], *, title: str = "") -> Figure:
     for number, one in enumerate(plan):
         if one.length > 0.02 * end:
             place = (one.start + one.length / 2, one.seat)
-            axes.text(*place, str(number), ha="center", va="center", fontsize=8, color="white", fontweight="bold")
+            colour = ink_on(GREEN if number % 2 else BLUE)
+            axes.text(*place, str(number), ha="center", va="center", fontsize=8, color=colour, fontweight="bold")
     axes.set(xlim=(0, end), xlabel=f"step ({end:,} in all)", ylabel="seat", title=title)
     axes.set_yticks(range(seats))
     axes.invert_yaxis()
@@ -218,7 +219,7 @@ def _label_bars(axes: Axes, trace: Trace, rows: Mapping[str, int], spans: Sequen
                 continue
             # A number on a hatched bar needs a ground of its own.
             ground = {"facecolor": LOOKS[state].colour, "edgecolor": "none", "pad": 0.6}
-            colour = "black" if state == "again" else "white"
+            colour = ink_on(LOOKS[state].colour)
             place = ((left + right) / 2, rows[part.name])
             axes.text(*place, label, ha="center", va="center", fontsize=7.5, color=colour, bbox=ground, clip_on=True)
 

@@ -20,7 +20,21 @@ from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
 from minillm.viz.explorer import Explorer, slider
 from minillm.viz.schedule import block_holders
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, PURPLE, RED
+from minillm.viz.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    LIGHT,
+    LINE_STYLES,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    RED,
+    arrow,
+    box,
+    ink,
+)
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
@@ -49,12 +63,12 @@ def plot_request_way() -> Figure:
 
 def _draw_coming(axes: Axes, x: float, colour: str, *, client: int, step: float) -> None:
     """A request from its client to the inbox, and from there into a step."""
-    _arrow(axes, (x, client), (x + 0.22, 2), colour)
-    axes.text(x, client - 0.28, "POST", ha="center", fontsize=9, color=colour, fontweight="bold")
-    _box(axes, x + 0.22, 2, 0.62, "checked,\ntokens", colour)
-    _arrow(axes, (x + 0.84, 2), (x + 0.92, 3), colour)
+    arrow(axes, (x, client), (x + 0.22, 2), colour)
+    axes.text(x, client - 0.28, "POST", ha="center", fontsize=9, color=ink(colour), fontweight="bold")
+    box(axes, (x + 0.22, 1.72), (0.62, 0.56), "checked,\ntokens", colour, fontsize=7.5)
+    arrow(axes, (x + 0.84, 2), (x + 0.92, 3), colour)
     axes.plot([x + 0.92, step], [3, 3], color=colour, linewidth=4, solid_capstyle="butt")
-    _arrow(axes, (step, 3), (step + 0.06, 4), colour)
+    arrow(axes, (step, 3), (step + 0.06, 4), colour)
 
 
 def _draw_step(axes: Axes, start: float, number: int, shares: str) -> None:
@@ -71,19 +85,12 @@ def _draw_step(axes: Axes, start: float, number: int, shares: str) -> None:
     for place, name in enumerate(shares):
         client = "AB".index(name)
         x = end + 0.12 + 0.42 * place
-        _arrow(axes, (end, 4), (x, 2), CLIENTS[client])
-        _box(axes, x, 2, 0.32, "put", CLIENTS[client])
-        _arrow(axes, (x + 0.32, 2), (x + 0.5, client), CLIENTS[client])
-        axes.text(x + 0.5, client - 0.28, "data:", ha="center", fontsize=9, color=CLIENTS[client], family="monospace")
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.4, "shrinkA": 0}, zorder=3)
-
-
-def _box(axes: Axes, x: float, y: float, width: float, text: str, colour: str) -> None:
-    axes.barh([y], [width], 0.56, [x], color="white", edgecolor=colour, linewidth=1.4, zorder=2)
-    axes.text(x + width / 2, y, text, ha="center", va="center", fontsize=7.5, zorder=3)
+        arrow(axes, (end, 4), (x, 2), CLIENTS[client])
+        box(axes, (x, 1.72), (0.32, 0.56), "put", CLIENTS[client], fontsize=7.5)
+        arrow(axes, (x + 0.32, 2), (x + 0.5, client), CLIENTS[client])
+        axes.text(
+            x + 0.5, client - 0.28, "data:", ha="center", fontsize=9, color=ink(CLIENTS[client]), family="monospace"
+        )
 
 
 # --- what the engine did for whom
