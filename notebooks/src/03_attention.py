@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import minillm
+from minillm.progress import progress
 from minillm.transformer.attention import attention_mask, dot_product_attention, sdpa_attention
 from minillm.transformer.kv import AttentionSpec, NoCache, PaddedBatch
 from minillm.transformer.multi_head import MultiHeadAttention
@@ -614,7 +615,8 @@ assert whole > 0.3
 # %%
 num_layers, num_heads = copying.shape
 everyone = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
-change = torch.tensor([probability_of_name([one]) - whole for one in everyone]).view_as(copying)
+changes = [probability_of_name([one]) - whole for one in progress(everyone, unit="head")]
+change = torch.tensor(changes).view_as(copying)
 title = "One head silenced:\nchange in percentage points"
 plot_head_scores({"probability of the right name": change}, percent=False, title=title)
 plt.show()
