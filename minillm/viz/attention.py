@@ -166,7 +166,7 @@ def plot_lookup(
     _named_arrow(right, result.tolist(), "black", "output", width=3, above=bool(result[1] > 0))
     bars = middle.bar(list(names), weights.tolist(), color=COLOURS[: len(names)])
     middle.bar_label(bars, fmt="{:.2f}", padding=2)
-    middle.set(ylim=(0, 1.1), ylabel="weight", title="softmax of the products")
+    middle.set(ylim=(0, 1.1), xlabel="key", ylabel="weight", title="softmax of the products")
     middle.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     return figure
@@ -311,15 +311,15 @@ def plot_look_back(
     figure, panels = plt.subplots(len(rows), 1, figsize=(10, height * len(rows) + 0.3), squeeze=False)
     for panel, (name, weights) in zip(panels[:, 0], rows.items(), strict=True):
         for number, (token, (line, column), weight) in enumerate(zip(tokens, places, weights.tolist(), strict=True)):
-            strong = weight > 0.25
-            box = {"facecolor": WEIGHTS(math.sqrt(weight)), "edgecolor": RED if number in marked else "none"}
+            ground = WEIGHTS(math.sqrt(weight))
+            box = {"facecolor": ground, "edgecolor": RED if number in marked else "none"}
             panel.text(
                 *(column, -line),
                 token.lstrip("␣") or "␣",
                 family="monospace",
                 fontsize=8.5,
                 va="center",
-                color="white" if strong else "black",
+                color=ink_on(ground),
                 bbox={**box, "boxstyle": "square,pad=0.12", "linewidth": 1.2},
             )
         panel.set(xlim=(-1, LINE_WIDTH), ylim=(-lines + 0.4, 0.7))
@@ -354,9 +354,9 @@ def plot_head_scores(
         for layer in range(layers):
             for head in range(heads):
                 value = float(table[layer, head])
-                dark = abs(value) > (0.25 if percent else 0.6) * most
+                ground = WEIGHTS(math.sqrt(value)) if percent else CHANGES(0.5 + value / most / 2)
                 text = f"{100 * value:.0f}" if percent else f"{round(100 * value):+d}".replace("-", "−")
-                panel.text(head, layer, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+                panel.text(head, layer, text, ha="center", va="center", fontsize=8, color=ink_on(ground))
         layer, head = best_head(table if percent else table.abs())
         panel.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, color=ORANGE, linewidth=3))
         panel.set(title=name, xlabel="head", ylabel="layer")

@@ -181,7 +181,7 @@ def plot_one_hot(
         image = panel.imshow(values.detach(), cmap=colours, vmin=low, vmax=largest if low else 1)
         panel.set_yticks(range(len(labels)), labels)
         panel.set_xticks(range(values.shape[1]))
-        panel.set(title=name, xlabel=below)
+        panel.set(title=name, xlabel=below, ylabel="token")
         panel.set_xticks([x - 0.5 for x in range(1, values.shape[1])], minor=True)
         panel.set_yticks([y - 0.5 for y in range(1, len(labels))], minor=True)
         panel.grid(which="minor", color=GREY, linewidth=0.4)

@@ -179,7 +179,7 @@ def plot_packing(groups: Sequence[int], rows: int = 16, *, title: str = "") -> F
             panel.add_patch(Rectangle((0, row), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white"))
             label = f"query head {row}" if row < group else ""
             panel.text(0.5, row + 0.5, label, ha="center", va="center", color=ink_on(colour), fontsize=8)
-        panel.set(xlim=(0, 1), ylim=(rows, 0), xticks=[], xlabel="channels")
+        panel.set(xlim=(0, 1), ylim=(rows, 0), xticks=[], xlabel="channels", ylabel="row of the tile")
         panel.set_yticks([row + 0.5 for row in range(0, rows, 5)], [str(row) for row in range(0, rows, 5)])
         panel.set_title(f"groups of {group}:\n{group / rows:.0%} of the rows", fontsize=10)
     axes[0, 0].set_ylabel("row of the tile")

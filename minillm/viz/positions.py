@@ -38,7 +38,7 @@ def plot_shuffled_outputs(
     for panel, (words, outputs) in zip(axes, (before, after), strict=True):
         image = panel.imshow(outputs.detach(), cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")
         panel.set_yticks(range(len(words)), words)
-        panel.set(xlabel="channel of the output", title=" ".join(words))
+        panel.set(xlabel="channel of the output", ylabel="token", title=" ".join(words))
     figure.colorbar(image, ax=axes, label="value")
     figure.suptitle(title)
     return figure

@@ -351,7 +351,7 @@ def plot_schedule(trace: Trace, number: int, config: SchedulerConfig, *, title: 
     rows = {name: row for row, name in enumerate(_names(trace))}
     block_rows = -(-_num_shown_blocks(trace) // BLOCKS_PER_ROW)
     heights = (0.95, 0.5, 0.34 * block_rows + 0.1, 0.25 * len(rows) + 0.3)
-    figure, panels = plt.subplots(4, 1, figsize=(10, sum(heights) + 2.4), height_ratios=heights, layout="constrained")
+    figure, panels = plt.subplots(4, 1, figsize=(10, sum(heights) + 2.9), height_ratios=heights, layout="constrained")
     queues, budget, blocks, timeline = panels
     _draw_queues(queues, trace, number, config, rows)
     _draw_budget(budget, step.parts, config.max_num_batched_tokens, rows)
@@ -391,7 +391,7 @@ def _draw_budget(axes: Axes, parts: Sequence[TracedPart], budget: int, rows: Map
         label = next(label for label in labels if _fits(label, part.count / budget))
         axes.text(left + part.count / 2, 0, label, ha="center", va="center", fontsize=9)
         left += part.count
-    axes.set(xlim=(0, budget), yticks=[])
+    axes.set(xlim=(0, budget), yticks=[], xlabel="tokens")
     axes.set_ylabel("this step", rotation=0, ha="right", va="center")
     axes.set_title(f"{left:,} tokens of a budget of {budget:,}  (request: tokens)", loc="left", fontsize=10)
     axes.spines[["top", "left"]].set_visible(False)
@@ -415,6 +415,7 @@ def _draw_blocks(axes: Axes, trace: Trace, number: int, rows: Mapping[str, int])
     axes.set_xticks([block + 0.47 for block in range(columns)], [str(block) for block in range(columns)], fontsize=7)
     axes.tick_params(length=0)
     axes.set_ylabel("blocks", rotation=0, ha="right", va="center")
+    axes.set_xlabel("block" if shown <= BLOCKS_PER_ROW else f"block, in rows of {BLOCKS_PER_ROW}")
     unused = "" if shown == len(step.ref_counts) else f"; {len(step.ref_counts) - shown:,} never used are not drawn"
     said = f"{held} of {len(step.ref_counts):,} blocks held (by whom), {step.num_cached_blocks} can be found by content"
     axes.set_title(said + unused, loc="left", fontsize=10)
