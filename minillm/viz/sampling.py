@@ -138,7 +138,7 @@ def plot_surprise(
         known = surprise == surprise
         ground = SURPRISE(min(surprise / MOST_BITS, 1.0)) if known else "#e6e6e6"
         axes.add_patch(Rectangle((column, row - 0.45), len(shown), 0.9, facecolor=ground, edgecolor=LIGHT, lw=0.3))
-        colour = "#444444" if "\n" in piece else "black"
+        colour = "#333333" if "\n" in piece else "black"
         for offset, letter in enumerate(shown):
             axes.text(
                 column + offset + 0.5,
