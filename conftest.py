@@ -21,6 +21,13 @@ if sys.platform != "linux":  # Triton is for Linux
 
 import tests.typechecker  # noqa: E402, F401  (jaxtyping's hook looks it up by name)
 
+
+def pytest_configure(config):
+    if config.getoption("nbval", False):
+        # A progress bar comes and goes with the time that something takes: outputs are compared without.
+        os.environ["TQDM_DISABLE"] = "1"
+
+
 TABLES: dict[str, list[str]] = {}
 
 

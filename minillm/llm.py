@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from minillm.cache.block_pool import BlockPool
@@ -30,7 +29,9 @@ from minillm.engine.trace import Trace
 from minillm.errors import ConfigError, InvalidRequestError, TokenizerError
 from minillm.models.source import resolve
 from minillm.models.tokenizer import chat_prompt, get_tokenizer, stop_token_ids, token_ids
+from minillm.progress import progress
 from minillm.text import read_json
+from minillm.transformer.decoder import Decoder
 from minillm.transformer.linear import QUANTIZATIONS
 from minillm.transformer.search import Hypothesis
 
@@ -183,7 +184,7 @@ class LLM:
         Args:
             prompts: one or several texts, token ids, ``{"prompt": …}`` or ``{"prompt_token_ids": …}``.
             sampling_params: for all, or one for each; what the model's publisher recommends when None.
-            use_tqdm: show progress.
+            use_tqdm: show progress, if it takes longer than two seconds.
 
         Raises:
             InvalidRequestError: a prompt or a parameter that cannot be; nothing has been generated then.
@@ -192,7 +193,7 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         written = 0
         start = time.perf_counter()
-        with tqdm(total=len(names), desc="Processed prompts", disable=not use_tqdm) as bar:
+        with progress(total=len(names), desc="Processed prompts", show=use_tqdm) as bar:
             for output in self._run(names):
                 if output.finished:
                     done[output.request_id] = output
@@ -276,9 +277,14 @@ class LLM:
         ids = [self._token_ids(prompt)[1] for prompt in _many(prompts)]
         for tokens in ids:
             self._check_beam_prompt(tokens, params)
-        return [self._beams(tokens, params) for tokens in tqdm(ids, desc="Beam search", disable=not use_tqdm)]
+        return [self._beams(tokens, params) for tokens in progress(ids, desc="Beam search", show=use_tqdm)]
 
     # --- looking and tidying
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model itself."""
+        return self._check_open().decoder
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

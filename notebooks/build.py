@@ -45,7 +45,8 @@ def build(path: Path) -> Path:
     notebook = read_source(path)
     metadata = dict(notebook["metadata"])
     # No GPU is asked for: the committed outputs are those of a laptop.
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", COLUMNS="100")
+    # And no progress bars, which come and go with the time that something takes.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", COLUMNS="100", TQDM_DISABLE="1")
     where = {"metadata": {"path": str(HERE)}}
     NotebookClient(notebook, timeout=SECONDS, record_timing=False, resources=where).execute()
     widgets = notebook["metadata"].get("widgets")

@@ -13,10 +13,11 @@ from minillm.cache.backends import attention_backend as choose_backend
 from minillm.engine.cuda_graphs import ladder
 from minillm.engine.parallel import Leader, follow
 from minillm.engine.ranks import Crew, DistributedRanks, check_ranks, torchrun_rank
-from minillm.engine.runner import ModelRunner, note_compiling, num_kv_blocks
+from minillm.engine.runner import ModelRunner, num_kv_blocks
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.errors import ConfigError, OutOfMemoryError
 from minillm.models.loader import load_model, read_decoder_config, resolve_device
+from minillm.progress import note
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.linear import pack, quantize
 from minillm.transformer.parallel import shard_config
@@ -98,7 +99,7 @@ def make_runner(config: RunnerConfig, ranks: DistributedRanks | None = None) -> 
     sizes = SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, _context(decoder, config.max_model_len))
     backend = choose_backend(config.attention_backend, decoder.device, decoder.dtype)
     graphs = backend.name == "triton" and not config.enforce_eager and ranks is None
-    with note_compiling():
+    with note("preparing kernels for this machine; what is compiled is kept on disk"):
         num_blocks = config.num_gpu_blocks_override
         if num_blocks is None:
             room = num_kv_blocks(

@@ -6,10 +6,7 @@ can be, and filled anew each time.
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +31,6 @@ DEFAULT_CPU_KV_BYTES = 2**30
 WARM_UP_TOKENS = {"cpu": (1, 8, 32), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
 """Lengths of prompts to compile for: a CPU's kernels divide many rows among threads; on CUDA, tiles grow with the
 longest prompt of a step, up to 128 rows."""
-NOTE_AFTER_SECONDS = 1.5
 
 
 class Chunk(NamedTuple):
@@ -279,22 +275,6 @@ class ModelRunner:
         del self._query_starts, self._seq_lens, self._block_tables
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def note_compiling() -> Iterator[None]:
-    """Say at a terminal that kernels are being compiled, if what is done inside takes long."""
-    note = threading.Timer(NOTE_AFTER_SECONDS, _note_compiling)
-    note.start()
-    try:
-        yield
-    finally:
-        note.cancel()
-
-
-def _note_compiling() -> None:
-    if sys.stderr.isatty():
-        print("preparing kernels for this machine; what is compiled is kept on disk", file=sys.stderr)
 
 
 def _fill(buffer: Tensor, values: Tensor) -> Tensor:

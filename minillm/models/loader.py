@@ -17,6 +17,7 @@ from minillm.models.family import Family, Json
 from minillm.models.gguf import gguf_config, gguf_names, iterate_gguf
 from minillm.models.registry import family_of
 from minillm.models.source import resolve
+from minillm.progress import progress
 from minillm.text import read_json, some
 from minillm.transformer.decoder import Decoder, DecoderConfig
 from minillm.transformer.parallel import Ranks, cut_of
@@ -211,7 +212,7 @@ def load_weights(decoder: Decoder, family: Family, tensors: Iterator[tuple[str, 
     unexpected = []
     tied_head: StoredTensor | None = None
     with torch.no_grad():
-        for published, tensor in tensors:
+        for published, tensor in progress(tensors, total=len(slots), desc="Loading weights", unit="tensor"):
             name = family.strip_prefix(published)
             if name in slots:
                 _fill(slots[name], published, tensor)

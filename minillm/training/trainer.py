@@ -21,9 +21,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from minillm.errors import CheckpointError, ConfigError
+from minillm.progress import progress as bar_of
 from minillm.training.schedules import Schedule
 
 STEPS_BETWEEN_SAVES = 500
@@ -126,7 +126,7 @@ class Trainer(Generic[Model]):
         losses: list[float] = []
         self.model.train()
         try:
-            with tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress) as bar:
+            with bar_of(total=self.config.steps, initial=self.step, unit="step", show=progress) as bar:
                 while self.step < until:
                     start = time.perf_counter()
                     batch = self.batch_at(self.step).to(self.device)

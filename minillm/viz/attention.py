@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,13 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from minillm.errors import InvalidRequestError
+from minillm.llm import LLM
 from minillm.transformer.attention import dot_product_attention
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch, pad_right
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, png
+from minillm.viz.explorer import Explorer, reader_of, slider, text_field
+from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, arrow, ink, ink_on
 
 WEIGHTS = LinearSegmentedColormap.from_list("weights", ["white", SKY, BLUE, "#002b45"])
 """From no weight to all of it."""
@@ -151,17 +156,17 @@ def plot_lookup(
     limit = 1.25 * max(float(x.abs().max()) for x in (query, keys, values))
     for panel, vectors, heading in ((left, keys, "query and keys"), (right, values, "values and their mean")):
         for name, vector, colour in zip(names, vectors.tolist(), COLOURS, strict=False):
-            _arrow(panel, vector, colour, name)
+            _named_arrow(panel, vector, colour, name)
         panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=heading)
         panel.set(xlabel="channel 0", ylabel="channel 1")
         panel.axhline(0, color=GREY, linewidth=0.6)
         panel.axvline(0, color=GREY, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    _arrow(left, query.tolist(), "black", "query", width=3, above=bool(query[1] > 0))
-    _arrow(right, result.tolist(), "black", "output", width=3, above=bool(result[1] > 0))
+    _named_arrow(left, query.tolist(), "black", "query", width=3, above=bool(query[1] > 0))
+    _named_arrow(right, result.tolist(), "black", "output", width=3, above=bool(result[1] > 0))
     bars = middle.bar(list(names), weights.tolist(), color=COLOURS[: len(names)])
     middle.bar_label(bars, fmt="{:.2f}", padding=2)
-    middle.set(ylim=(0, 1.1), ylabel="weight", title="softmax of the products")
+    middle.set(ylim=(0, 1.1), xlabel="key", ylabel="weight", title="softmax of the products")
     middle.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     return figure
@@ -306,15 +311,15 @@ def plot_look_back(
     figure, panels = plt.subplots(len(rows), 1, figsize=(10, height * len(rows) + 0.3), squeeze=False)
     for panel, (name, weights) in zip(panels[:, 0], rows.items(), strict=True):
         for number, (token, (line, column), weight) in enumerate(zip(tokens, places, weights.tolist(), strict=True)):
-            strong = weight > 0.25
-            box = {"facecolor": WEIGHTS(math.sqrt(weight)), "edgecolor": RED if number in marked else "none"}
+            ground = WEIGHTS(math.sqrt(weight))
+            box = {"facecolor": ground, "edgecolor": RED if number in marked else "none"}
             panel.text(
                 *(column, -line),
                 token.lstrip("␣") or "␣",
                 family="monospace",
                 fontsize=8.5,
                 va="center",
-                color="white" if strong else "black",
+                color=ink_on(ground),
                 bbox={**box, "boxstyle": "square,pad=0.12", "linewidth": 1.2},
             )
         panel.set(xlim=(-1, LINE_WIDTH), ylim=(-lines + 0.4, 0.7))
@@ -349,9 +354,9 @@ def plot_head_scores(
         for layer in range(layers):
             for head in range(heads):
                 value = float(table[layer, head])
-                dark = abs(value) > (0.25 if percent else 0.6) * most
+                ground = WEIGHTS(math.sqrt(value)) if percent else CHANGES(0.5 + value / most / 2)
                 text = f"{100 * value:.0f}" if percent else f"{round(100 * value):+d}".replace("-", "−")
-                panel.text(head, layer, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+                panel.text(head, layer, text, ha="center", va="center", fontsize=8, color=ink_on(ground))
         layer, head = best_head(table if percent else table.abs())
         panel.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, color=ORANGE, linewidth=3))
         panel.set(title=name, xlabel="head", ylabel="layer")
@@ -399,41 +404,80 @@ def plot_cost(
     return figure
 
 
-def explore_heads(
-    model: Decoder, tokenizer: PreTrainedTokenizerBase, text: str, *, layer: int = 0, head: int = 0
-) -> widgets.VBox:
-    """`plot_head` for a text of your own, with a slider for the layer and one for the head; needs a running kernel.
+def explore_attention(
+    model: Decoder | LLM | str,
+    text: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layer: int = 0,
+    head: int = 0,
+) -> Explorer:
+    """`plot_head` for a text of your own, with sliders for layer and head, above it the text: point at a token there,
+    and all are shaded by how much it looks at them.
 
-    Its children are the text's field, the two sliders, a line that tells what went wrong, and the picture.
+    Args:
+        model: a decoder with its tokenizer, an LLM, or the name of a model ("tiny").
+
+    Raises:
+        InvalidRequestError: a decoder without a tokenizer, no such layer or head, or an empty text.
     """
-    long = {"style": {"description_width": "60px"}, "layout": {"width": "480px"}, "continuous_update": False}
-    field = widgets.Text(text, description="text", **{**long, "layout": {"width": "800px"}})
-    sliders = (
-        widgets.IntSlider(layer, 0, model.config.num_layers - 1, description="layer", **long),
-        widgets.IntSlider(head, 0, model.config.num_heads - 1, description="head", **long),
+    reader = reader_of(model, tokenizer)
+    config = reader.model.config
+    controls = (
+        text_field("text", text),
+        slider("layer", layer, 0, config.num_layers - 1),
+        slider("head", head, 0, config.num_heads - 1),
     )
-    note = widgets.HTML()
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-    read: dict[str, tuple[list[str], Float[Tensor, "layers heads seq seq"]]] = {}
 
-    def redraw(_: Any = None) -> None:
-        tokens = tokenizer(field.value).input_ids[:MOST_NAMED]
-        note.value = "" if tokens else "Write something to read."
+    @lru_cache(maxsize=1)
+    def read(text: str) -> tuple[list[str], Float[Tensor, "layers heads seq seq"], int]:
+        tokens = reader.tokenizer(text).input_ids
         if not tokens:
-            return
-        if field.value not in read:
-            read.clear()
-            read[field.value] = token_names(tokenizer, tokens), attention_maps(model, tokens).cpu()
-        names, maps = read[field.value]
-        at = sliders[0].value, sliders[1].value
-        image.value = png(plot_head(maps[at], names, title=f"layer {at[0]}, head {at[1]}"))
-        if len(tokens) == MOST_NAMED:
-            note.value = f"The first {MOST_NAMED} tokens are drawn."
+            raise InvalidRequestError("Write something to read.")
+        shown = tokens[:MOST_NAMED]
+        return token_names(reader.tokenizer, shown), attention_maps(reader.model, shown).float().cpu(), len(tokens)
 
-    for control in (field, *sliders):
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([field, *sliders, note, image])
+    def draw(text: str, layer: int, head: int) -> Figure:
+        names, maps, _ = read(text)
+        return plot_head(maps[layer, head], names, title=f"layer {layer}, head {head}")
+
+    def tell(text: str, layer: int, head: int) -> str:
+        names, maps, count = read(text)
+        cut = f" The first {MOST_NAMED} of {count} tokens are drawn." if count > MOST_NAMED else ""
+        hint = (
+            f"Layer {layer}, head {head}: point at a token to see where it looks; until then the last one looks.{cut}"
+        )
+        return hint + look_back_html(names, maps[layer, head])
+
+    return Explorer(controls, draw, tell)
+
+
+def look_back_html(tokens: Sequence[str], weights: Float[Tensor, "seq seq"]) -> str:
+    """The text as HTML: the token that is pointed at looks, and each is shaded by its weight (as in `plot_heads`).
+
+    Styles alone do it, so that it works where no kernel runs. The token's tooltip tells the largest weights in numbers.
+    """
+    roots = weights.sqrt().tolist()
+    shades = [";".join(f"--k{key}:{shade:.2f}" for key, shade in enumerate(row)) for row in roots]
+    name = "look-" + blake2b("".join([*tokens, *shades]).encode(), digest_size=8).hexdigest()
+    spans = [_looking_token(number, tokens, row) for number, row in enumerate(weights)]
+    rules = [f".{name}:has(.q{number}:hover){{{shade}}}" for number, shade in enumerate(shades)]
+    nobody, last = f".{name}:not(:has(span:hover))", len(tokens) - 1
+    looks = f"outline:2px solid {RED}"
+    rules += [f"{nobody}{{{shades[last]}}}", f"{nobody} .q{last}{{{looks}}}", f".{name} span:hover{{{looks}}}"]
+    page = "background:white;color:black;padding:6px 10px;line-height:1.9;font-family:monospace"
+    return f"<style>{''.join(rules)}</style><div class='{name}' style='{page}'>{''.join(spans)}</div>"
+
+
+def _looking_token(number: int, tokens: Sequence[str], row: Float[Tensor, "seq"]) -> str:
+    """One token of `look_back_html`; its own shade is a variable that the rules set."""
+    names = [token.replace(r"\$", "$") for token in tokens]
+    best = row.topk(min(3, number + 1)).indices.tolist()
+    most = [f"{names[key]} {float(row[key]):.0%}" for key in best]
+    tip = html.escape(f"{names[number]} looks at: {', '.join(most)}")
+    style = f"background:rgb(86 180 233 / var(--k{number},0));padding:2px 1px"  # SKY: black is readable on all of it
+    shown = f"<span class='q{number}' title='{tip}' style='{style}'>{html.escape(names[number])}</span>"
+    return shown + ("<br>" if names[number].endswith("↵") else "<wbr>")
 
 
 LINE_WIDTH = 122
@@ -463,19 +507,20 @@ def _grid(axes: Axes, table: Tensor, **style: Any) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def _arrow(
+def _named_arrow(
     axes: Axes, vector: Sequence[float], colour: str, name: str, *, width: float = 2, above: bool = False
 ) -> None:
     """From the origin; its name stands beyond the tip, or above it."""
     x, y = vector
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (x, y), (0, 0), arrowprops=style)
+    arrow(axes, (0, 0), (x, y), colour, width=width)
     length = math.hypot(x, y) or 1.0
     dx, dy = (0.0, 1.0) if above else (x / length, y / length)
     sides = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
     heights = "bottom" if dy > 0.3 else "top" if dy < -0.3 else "center"
     offset = (5 * dx, 5 * dy)
-    axes.annotate(name, (x, y), offset, textcoords="offset points", color=colour, weight="bold", ha=sides, va=heights)
+    axes.annotate(
+        name, (x, y), offset, textcoords="offset points", color=ink(colour), weight="bold", ha=sides, va=heights
+    )
 
 
 def _head(axes: Axes, x: float, y: float, name: str, colour: str, *, filled: bool) -> None:
@@ -483,4 +528,4 @@ def _head(axes: Axes, x: float, y: float, name: str, colour: str, *, filled: boo
     axes.add_patch(
         FancyBboxPatch((x - 0.3, y - 0.17), 0.6, 0.34, boxstyle="round,pad=0.06", facecolor=face, edgecolor=colour)
     )
-    axes.text(x, y, name, ha="center", va="center", fontsize=8, color="white" if filled else "black")
+    axes.text(x, y, name, ha="center", va="center", fontsize=8, color=ink_on(face))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
@@ -24,7 +24,8 @@ from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
 from minillm.llm import LLM
 from minillm.viz.attention import token_names
-from minillm.viz.style import COLOURS, GREY, LIGHT, png
+from minillm.viz.explorer import Explorer
+from minillm.viz.style import COLOURS, GREY, LIGHT, ink
 
 COLUMNS = 6
 """Blocks beside each other."""
@@ -115,11 +116,11 @@ def plot_blocks(
     return _draw(pool, views, title)
 
 
-def explore_blocks(llm: LLM) -> widgets.VBox:
+def explore_blocks(llm: LLM) -> Explorer:
     """`plot_blocks` of a live engine, with buttons that add a prompt, take a step, and abort the oldest request.
 
-    Its children are the row of controls (the prompts of `EXPLORED`, add, step, abort), a line that tells of the last
-    step, and the picture. An engine without requests is given some first. Outputs are dropped: nothing else may be
+    The prompts are those of `EXPLORED`; an engine without requests is given some first. The line tells of the last
+    thing done, and blocks that were copied or evicted in it are marked. Outputs are dropped: nothing else may be
     generated with this LLM meanwhile.
 
     Raises:
@@ -135,30 +136,23 @@ def explore_blocks(llm: LLM) -> widgets.VBox:
     add, step, abort = (
         widgets.Button(description=does, layout={"width": "auto"}) for does in ("add", "step", "abort the oldest")
     )
-    said = widgets.HTML()
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
-    def redraw(what: str) -> None:
-        waiting = ", ".join(request.name for request in scheduler.waiting) or "nobody"
-        said.value = f"{html.escape(what)} <i>Waiting: {html.escape(waiting)}.</i>"
-        image.value = png(_draw(scheduler.pool, _request_views(llm, numbers), ""))
-
-    def add_prompt(prompt: str) -> str:
+    def add_prompt(prompt: str) -> _Event:
         text, params = EXPLORED[prompt]
         taken = {request.request_id for request in (*scheduler.running, *scheduler.waiting)}
         name = next(name for name in names if name not in taken)
         try:
             llm.engine.add_request(name, tokenizer(text).input_ids, params, prompt=text)
         except InvalidRequestError as error:
-            return f"{name} was refused: {error}."
-        return f"{name} was added: “{text}”."
+            return _Event(f"{name} was refused: {error}.")
+        return _Event(f"{name} was added: “{text}”.")
 
-    def abort_oldest() -> str:
+    def abort_oldest() -> _Event:
         oldest = next(iter((*scheduler.running, *scheduler.waiting)), None)
         if oldest is None:
-            return "There is no request."
+            return _Event("There is no request.")
         llm.engine.abort(oldest.request_id)
-        return f"{oldest.request_id} was aborted."
+        return _Event(f"{oldest.request_id} was aborted.")
 
     if not scheduler.has_requests:
         first, second, third, _ = EXPLORED
@@ -166,11 +160,44 @@ def explore_blocks(llm: LLM) -> widgets.VBox:
         llm.engine.step()
         add_prompt(second)
         add_prompt(third)
-    add.on_click(lambda _: redraw(add_prompt(prompts.value)))
-    step.on_click(lambda _: redraw(_step(llm)))
-    abort.on_click(lambda _: redraw(abort_oldest()))
-    redraw(_step(llm))
-    return widgets.VBox([widgets.HBox([prompts, add, step, abort]), said, image])
+    last = [_step(llm)]
+
+    def draw() -> Figure:
+        return _draw(scheduler.pool, _request_views(llm, numbers), "", last[-1])
+
+    def tell() -> str:
+        waiting = ", ".join(request.name for request in scheduler.waiting) or "nobody"
+        return f"{html.escape(last[-1].said)} <i>Waiting: {html.escape(waiting)}.</i>"
+
+    explorer = Explorer((), draw, tell, rows=[widgets.HBox([prompts, add, step, abort])])
+
+    def on_click(button: Any, does: Callable[[], _Event]) -> None:
+        def do(_: Any) -> None:
+            last[:] = [does()]
+            explorer.redraw()
+
+        button.on_click(do)
+
+    on_click(add, lambda: add_prompt(prompts.value))
+    on_click(step, lambda: _step(llm))
+    on_click(abort, abort_oldest)
+    return explorer
+
+
+class _Event(NamedTuple):
+    """What was done, in words, and what it did to blocks.
+
+    Attributes:
+        copies: a block that was written on → the one whose content it was given before.
+        evicted: blocks whose content can be found no more, as they are needed for something else.
+    """
+
+    said: str
+    copies: Mapping[int, int] = {}
+    evicted: Sequence[int] = ()
+
+
+NOTHING = _Event("")
 
 
 class _LastStep(Trace):
@@ -187,24 +214,31 @@ class _LastStep(Trace):
             self.trace.record(scheduler, step, start, end)
 
 
-def _step(llm: LLM) -> str:
+def _step(llm: LLM) -> _Event:
     """Take a step and tell of it."""
-    engine = llm.engine
-    running = list(engine.scheduler.running)
+    engine, pool = llm.engine, llm.engine.scheduler.pool
+    running, kept = list(engine.scheduler.running), list(pool.hashes)
     engine.trace = last = _LastStep(engine.trace)
     try:
         outputs = engine.step()
     finally:
         engine.trace = last.trace
     if last.step is None:
-        return "Nothing to do: add a prompt."
+        return _Event("Nothing to do: add a prompt.")
     known = [*running, *(part.request for part in last.step.scheduled)]
     forked = [request for request in engine.scheduler.running if request not in known]
-    return _tell(engine.counts.num_steps, last.step, running, forked, outputs)
+    copies = {copy.target: copy.source for part in last.step.scheduled for copy in part.copies}
+    evicted = [block for block, content in enumerate(kept) if content is not None and pool.find(content) is None]
+    said = _tell(last.step, running, forked, outputs, evicted)
+    return _Event(f"Step {engine.counts.num_steps}: {said}.", copies, evicted)
 
 
 def _tell(
-    number: int, step: Schedule, before: Sequence[Request], forked: Sequence[Request], outputs: Sequence[RequestOutput]
+    step: Schedule,
+    before: Sequence[Request],
+    forked: Sequence[Request],
+    outputs: Sequence[RequestOutput],
+    evicted: Sequence[int],
 ) -> str:
     """A step in words.
 
@@ -220,15 +254,15 @@ def _tell(
     copies = [
         f"{copy.source} → {copy.target} for {part.request.name}" for part in step.scheduled for copy in part.copies
     ]
-    ended = [output.request_id for output in outputs if output.finished]
     events = {
         "computed": parts,
         "copied": copies,
+        "evicted": [str(block) for block in evicted],
         "forked": [request.name for request in forked],
         "preempted": [request.name for request in step.preempted],
-        "ended": ended,
+        "ended": [output.request_id for output in outputs if output.finished],
     }
-    return f"Step {number}: " + "; ".join(f"{what} {', '.join(who)}" for what, who in events.items() if who) + "."
+    return "; ".join(f"{what} {', '.join(who)}" for what, who in events.items() if who)
 
 
 def _request_views(llm: LLM, numbers: dict[str, int]) -> list[_View]:
@@ -256,7 +290,7 @@ def _check_size(pool: BlockPool) -> None:
         )
 
 
-def _draw(pool: BlockPool, views: Sequence[_View], title: str) -> Figure:
+def _draw(pool: BlockPool, views: Sequence[_View], title: str, event: _Event = NOTHING) -> Figure:
     _check_size(pool)
     shares: dict[int, list[_Share]] = defaultdict(list)
     for view in views:
@@ -272,6 +306,10 @@ def _draw(pool: BlockPool, views: Sequence[_View], title: str) -> Figure:
     _caption(axes, -0.22, "The pool: physical blocks")
     for block in range(pool.num_blocks):
         _draw_physical(axes, pool, block, shares[block])
+    for block, source in event.copies.items():
+        _mark(axes, block, f"copy of {source}", "-", f"copied/{block}")
+    for block in event.evicted:
+        _mark(axes, block, "evicted", "--", f"evicted/{block}")
     top = below + 0.45
     if views:
         _caption(axes, below + 0.2, "The tables: logical block → physical block")
@@ -320,9 +358,20 @@ def _draw_physical(axes: Axes, pool: BlockPool, block: int, shares: Sequence[_Sh
         _write(axes, x, y, max(shares, key=lambda share: share.filled))
 
 
+def _mark(axes: Axes, block: int, said: str, line: str, gid: str) -> None:
+    """A thick frame around a block of the pool, and what happened to it."""
+    x, y = _corner(block, 0)
+    axes.add_patch(Rectangle((x, y), 0.92, HEADER + BODY, fill=False, linewidth=2.5, linestyle=line, zorder=5, gid=gid))
+    ground = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}
+    place = (x + 0.46, y + HEADER + BODY)
+    axes.text(*place, said, fontsize=7, color="white", ha="center", va="center", bbox=ground, zorder=6)
+
+
 def _draw_table(axes: Axes, view: _View, top: float) -> None:
     middle = top + HEADER + BODY / 2
-    axes.text(-0.1, middle - 0.05, view.name, fontsize=11, weight="bold", ha="right", va="bottom", color=view.colour)
+    axes.text(
+        -0.1, middle - 0.05, view.name, fontsize=11, weight="bold", ha="right", va="bottom", color=ink(view.colour)
+    )
     plural = "" if view.table.num_tokens == 1 else "s"
     axes.text(-0.1, middle, f"{view.table.num_tokens} token{plural}", fontsize=8, ha="right", va="top")
     pool = view.table.pool

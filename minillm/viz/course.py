@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 
-from minillm.viz.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
+from minillm.viz.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, box, ink
 
 STAGES = (
     ("The Transformer", BLUE, ("tokens and\nembeddings", "positions", "attention", "encoder and\ndecoder")),
@@ -32,13 +31,9 @@ def plot_course_map() -> Figure:
     places = [_place(number) for number in range(len(stops))]
     axes.plot(*zip(*places, strict=True), color=GREY, linewidth=6, alpha=0.35, zorder=0)
     for number, ((stage, colour, name, is_first), (x, y)) in enumerate(zip(stops, places, strict=True), start=1):
-        box = FancyBboxPatch((x - 0.4, y - 0.3), 0.8, 0.6, boxstyle="round,pad=0.03", facecolor="white")
-        axes.add_patch(box)
-        tint = FancyBboxPatch((x - 0.4, y - 0.3), 0.8, 0.6, boxstyle="round,pad=0.03", facecolor=colour, alpha=0.3)
-        axes.add_patch(tint)
-        axes.text(x, y, f"{number:02d}\n{name}", ha="center", va="center", fontsize=8, color="black")
+        box(axes, (x - 0.4, y - 0.3), (0.8, 0.6), f"{number:02d}\n{name}", colour, fontsize=8)
         if is_first:
-            axes.text(x - 0.42, y + 0.38, stage, va="bottom", fontsize=10, fontweight="bold", color=colour)
+            axes.text(x - 0.42, y + 0.38, stage, va="bottom", fontsize=10, fontweight="bold", color=ink(colour))
     axes.set(xlim=(-0.6, PER_ROW - 0.4), ylim=(-1.62, 0.75))
     axes.set_axis_off()
     figure.tight_layout()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
@@ -16,8 +15,9 @@ from torch import nn
 from minillm.errors import InvalidRequestError
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.linear import GROUP
+from minillm.viz.explorer import Explorer, choice, number_slider, slider
 from minillm.viz.memory import EXPLORED_TOKENS, published_model
-from minillm.viz.style import BLUE, GREEN, GREY, LIGHT, ORANGE, RED, png
+from minillm.viz.style import BLUE, GREEN, GREY, LIGHT, ORANGE, RED
 
 CARDS: Mapping[str, float] = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}
 """Sizes of cards that are common, in bytes."""
@@ -182,35 +182,12 @@ def plot_deployment(
 
 def explore_deployment(
     weights: str = "bfloat16", utilization: float = 0.9, cards: int = 1, context: int = 8192
-) -> widgets.VBox:
+) -> Explorer:
     """`plot_deployment` with a control for each of its arguments; needs a running kernel to move."""
-    long = {"style": {"description_width": "160px"}, "layout": {"width": "520px"}}
     controls = (
-        widgets.Dropdown(options=WEIGHTS, value=weights, description="weights", **long),
-        widgets.FloatSlider(
-            utilization,
-            min=0.5,
-            max=1.0,
-            step=0.01,
-            description="gpu_memory_utilization",
-            continuous_update=False,
-            **long,
-        ),
-        widgets.Dropdown(options=EXPLORED_CARDS, value=cards, description="cards", **long),
-        widgets.SelectionSlider(
-            options=[(f"{tokens:,}", tokens) for tokens in EXPLORED_TOKENS],
-            value=context,
-            description="tokens of a text",
-            continuous_update=False,
-            **long,
-        ),
+        choice("weights", WEIGHTS, weights),
+        slider("gpu_memory_utilization", utilization, 0.5, 1.0, 0.01),
+        choice("cards", EXPLORED_CARDS, cards),
+        number_slider("tokens of a text", EXPLORED_TOKENS, context),
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_deployment(*(control.value for control in controls)))
-
-    for control in controls:
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*controls, image])
+    return Explorer(controls, plot_deployment)

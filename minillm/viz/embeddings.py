@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import regex
 import torch
@@ -20,7 +19,8 @@ from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from minillm.tokenizers.bpe import GPT2_PATTERN, cut, encode_word, letter_bytes, to_letters
-from minillm.viz.style import COLOURS, GREY, MARKERS, png
+from minillm.viz.explorer import Explorer, slider, text_field
+from minillm.viz.style import COLOURS, GREY, MARKERS
 
 TINTS = ("#cfe3f1", "#fbe7bf", "#c9e9df", "#f4d9e6")
 """Backgrounds of pieces that follow each other: light, so that black text is read on each."""
@@ -93,20 +93,11 @@ def plot_merges(
     return plot_pieces(rows, title=title)
 
 
-def explore_merges(text: str, merges: Sequence[tuple[str, str]], count: int = 50) -> widgets.VBox:
+def explore_merges(text: str, merges: Sequence[tuple[str, str]], count: int = 50) -> Explorer:
     """`plot_merges` of a text of one's own, with a slider for the number of merges; needs a running kernel to move."""
-    wide = {"style": {"description_width": "70px"}, "layout": {"width": "640px"}, "continuous_update": False}
-    box = widgets.Text(text, description="text", **wide)
-    slider = widgets.IntSlider(count, 0, len(merges), description="merges", **wide)
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_merges(box.value, merges, [slider.value]))
-
-    for control in (box, slider):
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([box, slider, image])
+    box = text_field("text", text)
+    merged = slider("merges", count, 0, len(merges))
+    return Explorer((box, merged), lambda text, count: plot_merges(text, merges, [count]))
 
 
 def plot_tokens_per_word(
@@ -190,7 +181,7 @@ def plot_one_hot(
         image = panel.imshow(values.detach(), cmap=colours, vmin=low, vmax=largest if low else 1)
         panel.set_yticks(range(len(labels)), labels)
         panel.set_xticks(range(values.shape[1]))
-        panel.set(title=name, xlabel=below)
+        panel.set(title=name, xlabel=below, ylabel="token")
         panel.set_xticks([x - 0.5 for x in range(1, values.shape[1])], minor=True)
         panel.set_yticks([y - 0.5 for y in range(1, len(labels))], minor=True)
         panel.grid(which="minor", color=GREY, linewidth=0.4)

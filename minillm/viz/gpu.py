@@ -12,9 +12,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 from jaxtyping import Int
 from matplotlib.axes import Axes
@@ -23,8 +22,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from minillm.errors import InvalidRequestError
+from minillm.viz.explorer import Explorer, choice, number_slider
 from minillm.viz.memory import Machine
-from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, MARKERS, ORANGE, SKY, png
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, MARKERS, ORANGE, SKY, ink_on
 
 SECTOR = 32
 """Bytes that memory gives at the least (NVIDIA, Nsight Compute documentation: "sector")."""
@@ -117,8 +117,8 @@ def plot_owners(owners: Int[Tensor, "numbers"], *, title: str = "") -> Figure:
     for place, owner in enumerate(owners.tolist()):
         colour, hatch = (LIGHT, "///") if owner < 0 else (COLOURS[owner % len(COLOURS)], "")
         axes.add_patch(Rectangle((place, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white"))
-        label, ink = ("–", "black") if owner < 0 else (str(owner), "white")
-        axes.text(place + 0.5, 0.5, label, ha="center", va="center", fontsize=9, color=ink, weight="bold")
+        label = "–" if owner < 0 else str(owner)
+        axes.text(place + 0.5, 0.5, label, ha="center", va="center", fontsize=9, color=ink_on(colour), weight="bold")
     axes.set(xlim=(0, len(owners)), ylim=(0, 1), xlabel="place in the vector", title=title)
     axes.set_yticks([])
     shown = range(0, len(owners), 4)
@@ -177,9 +177,9 @@ def plot_packing(groups: Sequence[int], rows: int = 16, *, title: str = "") -> F
         for row in range(rows):
             colour, hatch = (BLUE, "") if row < group else (LIGHT, "///")
             panel.add_patch(Rectangle((0, row), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white"))
-            label, ink = (f"query head {row}", "white") if row < group else ("", "black")
-            panel.text(0.5, row + 0.5, label, ha="center", va="center", color=ink, fontsize=8)
-        panel.set(xlim=(0, 1), ylim=(rows, 0), xticks=[], xlabel="channels")
+            label = f"query head {row}" if row < group else ""
+            panel.text(0.5, row + 0.5, label, ha="center", va="center", color=ink_on(colour), fontsize=8)
+        panel.set(xlim=(0, 1), ylim=(rows, 0), xticks=[], xlabel="channels", ylabel="row of the tile")
         panel.set_yticks([row + 0.5 for row in range(0, rows, 5)], [str(row) for row in range(0, rows, 5)])
         panel.set_title(f"groups of {group}:\n{group / rows:.0%} of the rows", fontsize=10)
     axes[0, 0].set_ylabel("row of the tile")
@@ -243,34 +243,15 @@ def plot_splits(kv_heads: int = 8, batch: int = 1, keys: int = 65_536, gpu: str 
     return plot_busy(drawn, GPUS[gpu], title=title or said)
 
 
-def explore_splits(kv_heads: int = 8, batch: int = 1, keys: int = 65_536, gpu: str = "H100") -> widgets.VBox:
+def explore_splits(kv_heads: int = 8, batch: int = 1, keys: int = 65_536, gpu: str = "H100") -> Explorer:
     """`plot_splits` with a control for each of its arguments; needs a running kernel to move."""
-    long = {"style": {"description_width": "110px"}, "layout": {"width": "480px"}}
-    sliders = (
-        ("key/value heads", EXPLORED_KV_HEADS, kv_heads),
-        ("sequences", EXPLORED_BATCHES, batch),
-        ("tokens each", EXPLORED_KEYS, keys),
+    controls = (
+        number_slider("key/value heads", EXPLORED_KV_HEADS, kv_heads),
+        number_slider("sequences", EXPLORED_BATCHES, batch),
+        number_slider("tokens each", EXPLORED_KEYS, keys),
+        choice("GPU", GPUS, gpu),
     )
-    controls = [
-        widgets.SelectionSlider(
-            options=[(f"{choice:,}", choice) for choice in choices],
-            value=value,
-            description=name,
-            continuous_update=False,
-            **long,
-        )
-        for name, choices, value in sliders
-    ]
-    controls.append(widgets.Dropdown(options=list(GPUS), value=gpu, description="GPU", **long))
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_splits(*(control.value for control in controls)))
-
-    for control in controls:
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*controls, image])
+    return Explorer(controls, plot_splits)
 
 
 class AttentionTile(NamedTuple):

@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +22,8 @@ from minillm.models.family import Json
 from minillm.models.glm4 import GLM4_9B_CHAT
 from minillm.models.registry import family_of
 from minillm.transformer.decoder import Decoder, DecoderConfig
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, RED, SKY, png
+from minillm.viz.explorer import Explorer, choice, number_slider, slider
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, RED, SKY
 
 PUBLISHED: Mapping[str, Json] = {
     "SmolLM2-135M": {
@@ -373,27 +373,12 @@ def plot_kv_memory(
 
 def explore_kv_memory(
     name: str = "Llama-3-8B", context: int = 8192, batch: int = 16, dtype: str = "bfloat16"
-) -> widgets.VBox:
+) -> Explorer:
     """`plot_kv_memory` with a control for each of its arguments; needs a running kernel to move."""
-    long = {"style": {"description_width": "90px"}, "layout": {"width": "480px"}}
     controls = (
-        widgets.Dropdown(options=list(PUBLISHED), value=name, description="model", **long),
-        widgets.SelectionSlider(
-            options=[(f"{tokens:,}", tokens) for tokens in EXPLORED_TOKENS],
-            value=context,
-            description="tokens each",
-            continuous_update=False,
-            **long,
-        ),
-        widgets.IntSlider(batch, 1, 128, description="sequences", continuous_update=False, **long),
-        widgets.Dropdown(options=DTYPES, value=dtype, description="dtype", **long),
+        choice("model", PUBLISHED, name),
+        number_slider("tokens each", EXPLORED_TOKENS, context),
+        slider("sequences", batch, 1, 128),
+        choice("dtype", DTYPES, dtype),
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_kv_memory(*(control.value for control in controls)))
-
-    for control in controls:
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*controls, image])
+    return Explorer(controls, plot_kv_memory)

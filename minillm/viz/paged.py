@@ -8,7 +8,6 @@ from itertools import accumulate, pairwise, product
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
 from minillm.errors import InvalidRequestError
-from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, png
+from minillm.viz.explorer import Explorer, choice, number_slider, slider
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE
 
 if TYPE_CHECKING:
     from minillm.kernels.gpu.paged_attention import Launch
@@ -356,6 +356,10 @@ EXPLORED_BATCHES: Mapping[str, ExploredBatch] = {
 """Name → batch, for `explore_programs`."""
 
 
+NO_WINDOW_OR: tuple[str | int, ...] = ("none", 32, 128)
+"""Sliding windows of `explore_programs`, in tokens. (A menu shows None as if nothing were chosen.)"""
+
+
 def scattered_tables(lengths: Sequence[int], block_size: int, seed: int = 0) -> Int[Tensor, "seqs max_blocks"]:
     """Block tables in which each sequence's blocks lie anywhere; no block is in two of them."""
     counts = [-(-length // block_size) for length in lengths]
@@ -410,33 +414,20 @@ def explore_programs(
     kv_heads: int = 1,
     processors: int = 4,
     window: int | None = None,
-) -> widgets.VBox:
+) -> Explorer:
     """`plot_explored_programs` with a control for each of its arguments; needs a running kernel to move."""
-    long = {"style": {"description_width": "150px"}, "layout": {"width": "480px"}}
     controls = (
-        widgets.Dropdown(options=list(EXPLORED_BATCHES), value=batch, description="batch", **long),
-        widgets.IntSlider(group, 1, 8, description="query heads per KV head", continuous_update=False, **long),
-        widgets.IntSlider(kv_heads, 1, 3, description="KV heads", continuous_update=False, **long),
-        widgets.SelectionSlider(
-            options=(1, 2, 4, 8), value=processors, description="multiprocessors", continuous_update=False, **long
-        ),
-        widgets.Dropdown(
-            options=[("none", 0), ("32 tokens", 32), ("128 tokens", 128)],  # None would be shown as nothing chosen
-            value=window or 0,
-            description="sliding window",
-            **long,
-        ),
+        choice("batch", EXPLORED_BATCHES, batch),
+        slider("query heads per KV head", group, 1, 8),
+        slider("KV heads", kv_heads, 1, 3),
+        number_slider("multiprocessors", (1, 2, 4, 8), processors),
+        choice("sliding window (tokens)", NO_WINDOW_OR, window or NO_WINDOW_OR[0]),
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
-    def redraw(_: Any = None) -> None:
-        batch, group, kv_heads, processors, window = (control.value for control in controls)
-        image.value = png(plot_explored_programs(batch, group, kv_heads, processors, window or None))
+    def draw(batch: str, group: int, kv_heads: int, processors: int, window: int | str) -> Figure:
+        return plot_explored_programs(batch, group, kv_heads, processors, window if isinstance(window, int) else None)
 
-    for control in controls:
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*controls, image])
+    return Explorer(controls, draw)
 
 
 def plot_times(milliseconds: Mapping[str, float], *, title: str = "") -> Figure:

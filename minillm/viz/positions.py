@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +15,8 @@ from matplotlib.patches import Arc, Circle
 from torch import Tensor
 
 from minillm.transformer.positions import RotaryConfig, RotaryEmbedding, apply_rotary, rotary_frequencies
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, png
+from minillm.viz.explorer import Explorer, slider
+from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, ORANGE, RED, SKY, arrow, ink
 
 EXPLORED = RotaryConfig(dim=16, interleaved=True)
 """The head that `plot_rotary` draws unless told otherwise: 8 pairs of neighbouring channels."""
@@ -38,7 +38,7 @@ def plot_shuffled_outputs(
     for panel, (words, outputs) in zip(axes, (before, after), strict=True):
         image = panel.imshow(outputs.detach(), cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")
         panel.set_yticks(range(len(words)), words)
-        panel.set(xlabel="channel of the output", title=" ".join(words))
+        panel.set(xlabel="channel of the output", ylabel="token", title=" ".join(words))
     figure.colorbar(image, ax=axes, label="value")
     figure.suptitle(title)
     return figure
@@ -184,23 +184,14 @@ def plot_rotary(
 
 def explore_rotary(
     query_position: int = 12, key_position: int = 5, pair: int = 2, *, config: RotaryConfig = EXPLORED
-) -> widgets.VBox:
+) -> Explorer:
     """`plot_rotary` with a slider for each of its numbers; needs a running kernel to move."""
-    long = {"style": {"description_width": "110px"}, "layout": {"width": "480px"}, "continuous_update": False}
-    sliders = (
-        widgets.IntSlider(query_position, 0, LAST_POSITION, description="query position", **long),
-        widgets.IntSlider(key_position, 0, LAST_POSITION, description="key position", **long),
-        widgets.IntSlider(pair, 0, config.dim // 2 - 1, description="pair of channels", **long),
+    controls = (
+        slider("query position", query_position, 0, LAST_POSITION),
+        slider("key position", key_position, 0, LAST_POSITION),
+        slider("pair of channels", pair, 0, config.dim // 2 - 1),
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_rotary(*(slider.value for slider in sliders), config=config))
-
-    for slider in sliders:
-        slider.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*sliders, image])
+    return Explorer(controls, partial(plot_rotary, config=config))
 
 
 def _as_pairs(x: Float[Tensor, "tokens dim"], config: RotaryConfig) -> Float[Tensor, "tokens half 2"]:
@@ -221,8 +212,7 @@ def _draw_circle(axes: Axes) -> None:
 
 
 def _draw_arrow(axes: Axes, angle: float, colour: str, *, width: float = 2.5, alpha: float = 1.0) -> None:
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "alpha": alpha, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (math.cos(angle), math.sin(angle)), (0, 0), arrowprops=style)
+    arrow(axes, (0, 0), (math.cos(angle), math.sin(angle)), colour, width=width, alpha=alpha)
 
 
 def _draw_turns(axes: Axes, query_position: int, key_position: int, frequency: float) -> None:
@@ -245,10 +235,10 @@ def _draw_turns(axes: Axes, query_position: int, key_position: int, frequency: f
         first = math.degrees(start)
         axes.add_patch(Arc((0, 0), 2 * radius, 2 * radius, theta1=first, theta2=first + sweep, color=colour, lw=1.5))
         where = label * math.cos(end), label * math.sin(end)
-        axes.text(*where, name, color=colour, weight="bold", ha="center", va="center")
+        axes.text(*where, name, color=ink(colour), weight="bold", ha="center", va="center")
     lines = ((-0.06, BLUE, "query", query_position), (-0.14, ORANGE, "key", key_position))
     for height, colour, name, position in lines:
         turn = position * frequency
         text = f"{name} at {position}: turned by {position} × {frequency:.3g} = {turn:.3g} rad"
         text += f" ({turn / (2 * math.pi):.2f} turns)"
-        axes.text(0.5, height, text, transform=axes.transAxes, color=colour, ha="center", fontsize=9)
+        axes.text(0.5, height, text, transform=axes.transAxes, color=ink(colour), ha="center", fontsize=9)

@@ -7,11 +7,9 @@ import html
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -20,10 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.cache.contiguous import ContiguousCache
+from minillm.errors import InvalidRequestError
+from minillm.llm import LLM
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.generation import generate
 from minillm.transformer.sampling import Sampling
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LINE_STYLES, ORANGE, png
+from minillm.viz.explorer import Explorer, reader_of, slider
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LINE_STYLES, ORANGE, arrow
 
 LIGHT = "#c8c8c8"
 SURPRISE = LinearSegmentedColormap.from_list("surprise", ("#ffffff", "#fbe3b0", ORANGE))
@@ -52,7 +53,7 @@ def plot_what_stays(*, title: str = "") -> Figure:
         axes.add_patch(outline)
         axes.text(x + 0.9, top + 0.25, f"{name}, N times", ha="center", color="black" if stays else GREY, weight="bold")
         axes.text(x + 0.9, 0.1, below, ha="center", color="black" if stays else GREY)
-        _arrow(axes, (x + 0.9, 0.32), (x + 0.9, 0.65))
+        arrow(axes, (x + 0.9, 0.32), (x + 0.9, 0.65))
         for number, sublayer in enumerate(sublayers):
             y = 0.85 + 0.85 * number
             colour = colours[sublayer] if stays else LIGHT
@@ -60,20 +61,16 @@ def plot_what_stays(*, title: str = "") -> Figure:
             causal = "causal " if stays and sublayer == attention else ""
             goes = not stays or sublayer == cross
             axes.text(
-                x + 0.9, y + 0.3, causal + sublayer, ha="center", va="center", color="#555555" if goes else "black"
+                x + 0.9, y + 0.3, causal + sublayer, ha="center", va="center", color="#444444" if goes else "black"
             )
         if stays:
             axes.text(x + 0.9, top + 1.05, "next token", ha="center")
-            _arrow(axes, (x + 0.9, top + 0.55), (x + 0.9, top + 0.98))
-    _arrow(axes, (1.95, 2.0), (2.6, 2.0))
+            arrow(axes, (x + 0.9, top + 0.55), (x + 0.9, top + 0.98))
+    arrow(axes, (1.95, 2.0), (2.6, 2.0))
     axes.text(5.25, 2.0, "→", fontsize=28, ha="center", va="center")
     axes.set(xlim=(-0.3, 8.4), ylim=(-0.1, 4.9), title=title)
     axes.set_axis_off()
     return figure
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": GREY})
 
 
 def plot_parameter_parts(models: Mapping[str, Mapping[str, int]], *, title: str = "") -> Figure:
@@ -141,7 +138,7 @@ def plot_surprise(
         known = surprise == surprise
         ground = SURPRISE(min(surprise / MOST_BITS, 1.0)) if known else "#e6e6e6"
         axes.add_patch(Rectangle((column, row - 0.45), len(shown), 0.9, facecolor=ground, edgecolor=LIGHT, lw=0.3))
-        colour = GREY if "\n" in piece else "black"
+        colour = "#333333" if "\n" in piece else "black"
         for offset, letter in enumerate(shown):
             axes.text(
                 column + offset + 0.5,
@@ -283,48 +280,49 @@ def plot_against_temperature(
 
 
 def explore_sampling(
-    model: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Decoder | LLM | str,
     prompt: str,
     sampling: Sampling | None = None,
     *,
-    stop_ids: Collection[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_ids: Collection[int] | None = None,
     max_tokens: int = DRAWN_TOKENS,
-) -> widgets.VBox:
-    """`plot_sampling` with sliders, and a continuation drawn with them; needs a running kernel to move.
+) -> Explorer:
+    """`plot_sampling` with sliders for temperature (0 is greedy), top-k, top-p, min-p and seed; above it
+    a continuation drawn with them.
 
-    Its children are the sliders for temperature (0 is greedy), top-k (0 keeps all), top-p, min-p and seed, the picture
-    of the first token's distribution, and the continuation.
+    Args:
+        model: a decoder with its tokenizer, an LLM, or the name of a model ("tiny").
+        stop_ids: tokens that end the continuation; the model's own when None.
+
+    Raises:
+        InvalidRequestError: a decoder without a tokenizer, or an empty prompt.
     """
-    start = sampling or Sampling(seed=0)
+    reader = reader_of(model, tokenizer)
+    decoder, tokenizer = reader.model, reader.tokenizer
+    ends = reader.stop_ids if stop_ids is None else stop_ids
     tokens = tokenizer(prompt).input_ids
+    if not tokens:
+        raise InvalidRequestError("the prompt has no tokens: write something that the model can go on from")
     with torch.inference_mode():
-        logits = model(torch.tensor([tokens], device=model.device))[0, -1].cpu()
-    long = {"style": {"description_width": "110px"}, "layout": {"width": "480px"}, "continuous_update": False}
-    sliders = (
-        widgets.FloatSlider(start.temperature, min=0, max=3, step=0.1, description="temperature", **long),
-        widgets.IntSlider(start.top_k, 0, 50, description="top-k (0: all)", **long),
-        widgets.FloatSlider(start.top_p, min=0.05, max=1, step=0.05, description="top-p (1: all)", **long),
-        widgets.FloatSlider(start.min_p, min=0, max=1, step=0.01, description="min-p (0: all)", **long),
-        widgets.IntSlider(start.seed or 0, 0, 20, description="seed of the draw", **long),
+        logits = decoder(torch.tensor([tokens], device=decoder.device))[0, -1].cpu()
+    start = sampling or Sampling(seed=0)
+    controls = (
+        slider("temperature", start.temperature, 0, 3, 0.1),
+        slider("top-k (0: all)", start.top_k, 0, 50),
+        slider("top-p (1: all)", start.top_p, 0.05, 1, 0.05),
+        slider("min-p (0: all)", start.min_p, 0, 1, 0.01),
+        slider("seed of the draw", start.seed or 0, 0, 20),
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-    text = widgets.HTML(layout={"max_width": "800px"})
 
-    def redraw(_: Any = None) -> None:
-        temperature, top_k, top_p, min_p, seed = (slider.value for slider in sliders)
-        chosen = Sampling(temperature, top_k, top_p, min_p, seed)
-        image.value = png(plot_sampling(logits, tokenizer, chosen))
-        cache = ContiguousCache.for_decoder(model, max_len=len(tokens) + max_tokens)
-        steps = generate(model, [tokens], cache, max_tokens=max_tokens, sampling=chosen, stop_ids=stop_ids)
+    def tell(*chosen: Any) -> str:
+        cache = ContiguousCache.for_decoder(decoder, max_len=len(tokens) + max_tokens)
+        steps = generate(decoder, [tokens], cache, max_tokens=max_tokens, sampling=Sampling(*chosen), stop_ids=ends)
         written = str(tokenizer.decode([token for step in steps for token in step if token is not None]))
         before, after = (html.escape(part).replace("\n", "<br>") for part in (prompt, written))
-        text.value = f"<span style='color:{GREY}'>{before}</span><b>{after}</b>"
+        return f"<span style='opacity:0.75'>{before}</span><b>{after}</b>"
 
-    for slider in sliders:
-        slider.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*sliders, image, text])
+    return Explorer(controls, lambda *chosen: plot_sampling(logits, tokenizer, Sampling(*chosen)), tell)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,9 +17,10 @@ from matplotlib.patches import Patch, Rectangle
 from minillm.engine.params import SamplingParams
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.engine.trace import Trace, TracedPart, TracedStep
-from minillm.errors import ConfigError, InvalidRequestError
+from minillm.errors import InvalidRequestError
 from minillm.llm import LLM, Prompt
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, ORANGE, RED, png
+from minillm.viz.explorer import Explorer, Steps
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, ORANGE, RED, ink_on
 
 BLOCKS_PER_ROW = 32
 CHARACTER = 0.009
@@ -107,7 +107,8 @@ def plot_seats(plan: Sequence[Sitting], *, title: str = "") -> Figure:
     for number, one in enumerate(plan):
         if one.length > 0.02 * end:
             place = (one.start + one.length / 2, one.seat)
-            axes.text(*place, str(number), ha="center", va="center", fontsize=8, color="white", fontweight="bold")
+            colour = ink_on(GREEN if number % 2 else BLUE)
+            axes.text(*place, str(number), ha="center", va="center", fontsize=8, color=colour, fontweight="bold")
     axes.set(xlim=(0, end), xlabel=f"step ({end:,} in all)", ylabel="seat", title=title)
     axes.set_yticks(range(seats))
     axes.invert_yaxis()
@@ -218,7 +219,7 @@ def _label_bars(axes: Axes, trace: Trace, rows: Mapping[str, int], spans: Sequen
                 continue
             # A number on a hatched bar needs a ground of its own.
             ground = {"facecolor": LOOKS[state].colour, "edgecolor": "none", "pad": 0.6}
-            colour = "black" if state == "again" else "white"
+            colour = ink_on(LOOKS[state].colour)
             place = ((left + right) / 2, rows[part.name])
             axes.text(*place, label, ha="center", va="center", fontsize=7.5, color=colour, bbox=ground, clip_on=True)
 
@@ -350,7 +351,7 @@ def plot_schedule(trace: Trace, number: int, config: SchedulerConfig, *, title: 
     rows = {name: row for row, name in enumerate(_names(trace))}
     block_rows = -(-_num_shown_blocks(trace) // BLOCKS_PER_ROW)
     heights = (0.95, 0.5, 0.34 * block_rows + 0.1, 0.25 * len(rows) + 0.3)
-    figure, panels = plt.subplots(4, 1, figsize=(10, sum(heights) + 2.4), height_ratios=heights, layout="constrained")
+    figure, panels = plt.subplots(4, 1, figsize=(10, sum(heights) + 2.9), height_ratios=heights, layout="constrained")
     queues, budget, blocks, timeline = panels
     _draw_queues(queues, trace, number, config, rows)
     _draw_budget(budget, step.parts, config.max_num_batched_tokens, rows)
@@ -390,7 +391,7 @@ def _draw_budget(axes: Axes, parts: Sequence[TracedPart], budget: int, rows: Map
         label = next(label for label in labels if _fits(label, part.count / budget))
         axes.text(left + part.count / 2, 0, label, ha="center", va="center", fontsize=9)
         left += part.count
-    axes.set(xlim=(0, budget), yticks=[])
+    axes.set(xlim=(0, budget), yticks=[], xlabel="tokens")
     axes.set_ylabel("this step", rotation=0, ha="right", va="center")
     axes.set_title(f"{left:,} tokens of a budget of {budget:,}  (request: tokens)", loc="left", fontsize=10)
     axes.spines[["top", "left"]].set_visible(False)
@@ -414,6 +415,7 @@ def _draw_blocks(axes: Axes, trace: Trace, number: int, rows: Mapping[str, int])
     axes.set_xticks([block + 0.47 for block in range(columns)], [str(block) for block in range(columns)], fontsize=7)
     axes.tick_params(length=0)
     axes.set_ylabel("blocks", rotation=0, ha="right", va="center")
+    axes.set_xlabel("block" if shown <= BLOCKS_PER_ROW else f"block, in rows of {BLOCKS_PER_ROW}")
     unused = "" if shown == len(step.ref_counts) else f"; {len(step.ref_counts) - shown:,} never used are not drawn"
     said = f"{held} of {len(step.ref_counts):,} blocks held (by whom), {step.num_cached_blocks} can be found by content"
     axes.set_title(said + unused, loc="left", fontsize=10)
@@ -438,27 +440,55 @@ def _name(axes: Axes, x: float, y: float, name: str, size: int) -> None:
 
 
 def explore_schedule(
-    llm: LLM, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
-) -> widgets.VBox:
-    """`plot_schedule` with a slider over the steps in which `llm` answers `prompts`; needs a running kernel to move.
+    llm: LLM,
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+) -> Explorer:
+    """`plot_schedule` of the steps in which `llm` answers `prompts`, to go through forth and back, or to play.
+
+    The answers are computed at once; `llm` is free afterwards.
 
     Raises:
-        ConfigError: an engine that keeps no trace.
+        InvalidRequestError: what `LLM.generate` refuses.
     """
-    if llm.trace is None:
-        raise ConfigError("this LLM keeps no trace: make it with LLM(..., trace=True)")
-    before = len(llm.trace.steps)
-    llm.generate(prompts, sampling_params, use_tqdm=False)
-    trace = Trace(llm.trace.steps[before:])
+    trace = _trace_of(llm, prompts, sampling_params)
     config = llm.engine.scheduler.config
-    slider = widgets.IntSlider(
-        0, 0, len(trace.steps) - 1, description="step", continuous_update=False, layout={"width": "600px"}
+    steps = Steps.to(len(trace.steps) - 1)
+    return Explorer(
+        [steps.slider],
+        lambda number: plot_schedule(trace, number, config),
+        lambda number: describe_step(trace, number),
+        rows=[steps.row],
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
 
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_schedule(trace, slider.value, config))
 
-    slider.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([slider, image])
+def _trace_of(
+    llm: LLM, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> Trace:
+    """The steps in which these prompts are answered; they are in the LLM's own trace too, where it keeps one."""
+    trace = Trace() if llm.trace is None else llm.trace
+    before = len(trace.steps)
+    llm.engine.trace = trace
+    try:
+        llm.generate(prompts, sampling_params)
+    finally:
+        llm.engine.trace = llm.trace
+    return Trace(trace.steps[before:])
+
+
+def describe_step(trace: Trace, number: int) -> str:
+    """What a step did for whom, in words.
+
+    Raises:
+        InvalidRequestError: an empty trace, or no such step.
+    """
+    step = _steps(trace)[_existing(trace, number)]
+    states = request_states(trace)[number]
+    counts = {part.name: part.count for part in step.parts}
+    said = []
+    for state, look in LOOKS.items():
+        names = [name for name, its in states.items() if its == state]
+        tokens = sum(counts.get(name, 0) for name in names)
+        if names:
+            said.append(f"{look.label.removesuffix(' (tokens)')}: {', '.join(names)}" + (f" ({tokens})" * bool(tokens)))
+    return f"Step {number}, {sum(counts.values())} tokens. " + "; ".join(said) + "."

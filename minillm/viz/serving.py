@@ -9,7 +9,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any
 
 import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
@@ -19,8 +18,23 @@ from matplotlib.patches import Patch
 
 from minillm.engine.trace import Trace
 from minillm.errors import InvalidRequestError
+from minillm.viz.explorer import Explorer, slider
 from minillm.viz.schedule import block_holders
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, LIGHT, LINE_STYLES, MARKERS, ORANGE, PURPLE, RED, png
+from minillm.viz.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    LIGHT,
+    LINE_STYLES,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    RED,
+    arrow,
+    box,
+    ink,
+)
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
@@ -49,12 +63,12 @@ def plot_request_way() -> Figure:
 
 def _draw_coming(axes: Axes, x: float, colour: str, *, client: int, step: float) -> None:
     """A request from its client to the inbox, and from there into a step."""
-    _arrow(axes, (x, client), (x + 0.22, 2), colour)
-    axes.text(x, client - 0.28, "POST", ha="center", fontsize=9, color=colour, fontweight="bold")
-    _box(axes, x + 0.22, 2, 0.62, "checked,\ntokens", colour)
-    _arrow(axes, (x + 0.84, 2), (x + 0.92, 3), colour)
+    arrow(axes, (x, client), (x + 0.22, 2), colour)
+    axes.text(x, client - 0.28, "POST", ha="center", fontsize=9, color=ink(colour), fontweight="bold")
+    box(axes, (x + 0.22, 1.72), (0.62, 0.56), "checked,\ntokens", colour, fontsize=7.5)
+    arrow(axes, (x + 0.84, 2), (x + 0.92, 3), colour)
     axes.plot([x + 0.92, step], [3, 3], color=colour, linewidth=4, solid_capstyle="butt")
-    _arrow(axes, (step, 3), (step + 0.06, 4), colour)
+    arrow(axes, (step, 3), (step + 0.06, 4), colour)
 
 
 def _draw_step(axes: Axes, start: float, number: int, shares: str) -> None:
@@ -71,19 +85,12 @@ def _draw_step(axes: Axes, start: float, number: int, shares: str) -> None:
     for place, name in enumerate(shares):
         client = "AB".index(name)
         x = end + 0.12 + 0.42 * place
-        _arrow(axes, (end, 4), (x, 2), CLIENTS[client])
-        _box(axes, x, 2, 0.32, "put", CLIENTS[client])
-        _arrow(axes, (x + 0.32, 2), (x + 0.5, client), CLIENTS[client])
-        axes.text(x + 0.5, client - 0.28, "data:", ha="center", fontsize=9, color=CLIENTS[client], family="monospace")
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.4, "shrinkA": 0}, zorder=3)
-
-
-def _box(axes: Axes, x: float, y: float, width: float, text: str, colour: str) -> None:
-    axes.barh([y], [width], 0.56, [x], color="white", edgecolor=colour, linewidth=1.4, zorder=2)
-    axes.text(x + width / 2, y, text, ha="center", va="center", fontsize=7.5, zorder=3)
+        arrow(axes, (end, 4), (x, 2), CLIENTS[client])
+        box(axes, (x, 1.72), (0.32, 0.56), "put", CLIENTS[client], fontsize=7.5)
+        arrow(axes, (x + 0.32, 2), (x + 0.5, client), CLIENTS[client])
+        axes.text(
+            x + 0.5, client - 0.28, "data:", ha="center", fontsize=9, color=ink(CLIENTS[client]), family="monospace"
+        )
 
 
 # --- what the engine did for whom
@@ -241,22 +248,11 @@ def plot_utilisation(utilisation: float, *, even: bool = False, num: int = 40, s
     )
 
 
-def explore_queue() -> widgets.VBox:
+def explore_queue() -> Explorer:
     """`plot_utilisation` with controls; needs a running kernel to move."""
-    utilisation = widgets.FloatSlider(
-        0.8, min=0.1, max=1.3, step=0.1, description="utilisation", continuous_update=False
-    )
-    seed = widgets.IntSlider(2, min=0, max=20, description="seed", continuous_update=False)
-    even = widgets.Checkbox(False, description="evenly spaced")
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_utilisation(utilisation.value, even=even.value, seed=seed.value))
-
-    for control in (utilisation, seed, even):
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([widgets.HBox([utilisation, seed, even]), image])
+    even = widgets.Checkbox(False, description="evenly spaced", indent=False)
+    controls = (slider("utilisation", 0.8, 0.1, 1.3, 0.1), slider("seed", 2, 0, 20), even)
+    return Explorer(controls, lambda utilisation, seed, even: plot_utilisation(utilisation, even=even, seed=seed))
 
 
 # --- metrics and load

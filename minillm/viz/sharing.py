@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -22,7 +21,8 @@ from minillm.engine.runner import Chunk, ModelRunner
 from minillm.engine.trace import TracedStep
 from minillm.errors import InvalidRequestError
 from minillm.viz.attention import token_names
-from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, MARKERS, ORANGE, SKY, png
+from minillm.viz.explorer import Explorer, number_slider, slider
+from minillm.viz.style import BLUE, COLOURS, GREY, LINE_STYLES, MARKERS, ORANGE, SKY
 
 EMPTY = "#f2f2f2"
 NUMBERED_COLUMNS = 12
@@ -383,21 +383,12 @@ def plot_sharing(prompt: int = 100, answer: int = 60, n: int = 4, block_size: in
     return figure
 
 
-def explore_sharing(prompt: int = 100, answer: int = 60, n: int = 4, block_size: int = 16) -> widgets.VBox:
+def explore_sharing(prompt: int = 100, answer: int = 60, n: int = 4, block_size: int = 16) -> Explorer:
     """`plot_sharing` with a control for each of its arguments; needs a running kernel to move."""
-    long = {"continuous_update": False, "style": {"description_width": "110px"}, "layout": {"width": "480px"}}
     controls = (
-        widgets.IntSlider(prompt, 1, 256, description="prompt tokens", **long),
-        widgets.IntSlider(answer, 0, 256, description="answer tokens", **long),
-        widgets.IntSlider(n, 1, 8, description="answers (n)", **long),
-        widgets.SelectionSlider(options=EXPLORED_BLOCK_SIZES, value=block_size, description="block size", **long),
+        slider("prompt tokens", prompt, 1, 256),
+        slider("answer tokens", answer, 0, 256),
+        slider("answers (n)", n, 1, 8),
+        number_slider("block size (tokens)", EXPLORED_BLOCK_SIZES, block_size),
     )
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
-    def redraw(_: Any = None) -> None:
-        image.value = png(plot_sharing(*(control.value for control in controls)))
-
-    for control in controls:
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([*controls, image])
+    return Explorer(controls, plot_sharing)

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from minillm.training.schedules import Schedule
-from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, ORANGE
+from minillm.viz.style import BLUE, COLOURS, GREEN, GREY, ORANGE, box
 
 PINYIN = {
     **dict(zip("零一二三四五六七八九", "líng yī èr sān sì wǔ liù qī bā jiǔ".split(), strict=True)),
@@ -40,7 +40,7 @@ def plot_stack(num_layers: int = 6) -> Figure:
         ("feed-forward", ORANGE),
     )
     for x, name, blocks in ((0.0, "encoder", encoder), (5.0, "decoder", decoder)):
-        _box(axes, x, 0.0, "embedding · √d + positions", GREY)
+        box(axes, (x, 0.0), (3.0, 0.7), "embedding · √d + positions", GREY)
         top = 1.1 * len(blocks)
         frame = FancyBboxPatch(
             (x - 0.25, 0.88), 3.5, top + 0.2, boxstyle="round,pad=0.08", facecolor="none", edgecolor=GREY
@@ -48,11 +48,11 @@ def plot_stack(num_layers: int = 6) -> Figure:
         axes.add_patch(frame)
         axes.text(x + 1.5, top + 1.3, f"{name}: {num_layers} ×", ha="center", fontsize=11, fontweight="bold")
         for number, (text, colour) in enumerate(blocks):
-            _box(axes, x, 1.1 + 1.1 * number, text, colour)
+            box(axes, (x, 1.1 + 1.1 * number), (3.0, 0.7), text, colour)
             axes.text(x + 3.05, 1.0 + 1.1 * number, "+ norm", fontsize=8, color="black", va="top", ha="right")
     axes.text(1.5, -0.35, "source tokens", ha="center", va="top")
     axes.text(6.5, -0.35, "target tokens, shifted right", ha="center", va="top")
-    _box(axes, 5.0, 5.2, "embedding table, transposed", GREY)
+    box(axes, (5.0, 5.2), (3.0, 0.7), "embedding table, transposed", GREY)
     axes.text(6.5, 6.15, "logits of the next target token", ha="center")
     arrow = {"arrowstyle": "->", "color": GREEN, "lw": 2, "connectionstyle": "arc3,rad=-0.15"}
     axes.annotate("", (4.9, 2.55), (2.7, 3.36), arrowprops=arrow)
@@ -61,11 +61,6 @@ def plot_stack(num_layers: int = 6) -> Figure:
     axes.set_axis_off()
     figure.tight_layout()
     return figure
-
-
-def _box(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    axes.add_patch(FancyBboxPatch((x, y), 3.0, 0.7, boxstyle="round,pad=0.05", facecolor=colour, alpha=0.3))
-    axes.text(x + 1.5, y + 0.38, text, ha="center", va="center", fontsize=9)
 
 
 def plot_schedules(schedules: Mapping[str, Schedule], steps: int) -> Figure:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import ipywidgets as widgets  # type: ignore[import-untyped]
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
@@ -24,7 +23,9 @@ from minillm.simulate.reservation import (
     simulate_memory,
 )
 from minillm.simulate.trace import Arrival
-from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, LINE_STYLES, ORANGE, SKY, png
+from minillm.text import some
+from minillm.viz.explorer import Explorer, Steps, choice
+from minillm.viz.style import BLUE, COLOURS, GREY, LIGHT, LINE_STYLES, ORANGE, SKY
 
 EXPLORED_SLOTS = 16_384
 EXPLORED_CONTEXT = 4_096
@@ -280,45 +281,49 @@ def explore_memory(
     *,
     num_slots: int = EXPLORED_SLOTS,
     max_model_len: int = EXPLORED_CONTEXT,
-) -> widgets.VBox:
-    """`plot_memory` with controls for the policy and the step, which can also be played; needs a running kernel.
+) -> Explorer:
+    """`plot_memory` of every step under every policy, to go through forth and back, or to play.
 
     Another policy is shown at the same time as the one before.
+
+    Raises:
+        InvalidRequestError: no such policy or step.
     """
+    policies = choice("policy", MEMORY_POLICIES, policy)
 
     @cache
     def served(chosen: MemoryPolicy) -> MemorySimulation:
         return simulate_memory(chosen, trace, num_slots=num_slots, max_model_len=max_model_len)
 
-    last = len(served(policy).memory) - 1
-    long = {"style": {"description_width": "90px"}, "layout": {"width": "560px"}}
-    policies = widgets.Dropdown(options=MEMORY_POLICIES, value=policy, description="policy", **long)
-    steps = widgets.IntSlider(step, 0, last, description="step", continuous_update=False, **long)
-    play = widgets.Play(value=step, min=0, max=last, step=max(1, last // 60), interval=700)
-    widgets.link((play, "value"), (steps, "value"))
-    image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-
+    steps = Steps.to(len(served(policy).memory) - 1, step)
     shown = {"time": served(policy).memory[step].end}  # of the step that was chosen by hand
 
-    def redraw() -> None:
-        image.value = png(_draw_memory(policies.value, served(policies.value), steps.value, max_model_len))
+    def note_time(_: Any) -> None:
+        shown["time"] = served(policies.value).memory[steps.slider.value].end
 
-    def change_step(_: Any) -> None:
-        shown["time"] = served(policies.value).memory[steps.value].end
-        redraw()
-
-    def change_policy(_: Any) -> None:
+    def go_to_same_time(_: Any) -> None:
         memory = served(policies.value).memory
-        same_time = next((n for n, moment in enumerate(memory) if moment.end >= shown["time"]), len(memory) - 1)
-        steps.unobserve(change_step, names="value")
-        steps.value = min(steps.value, len(memory) - 1)
-        steps.max = play.max = len(memory) - 1
-        play.step = max(1, len(memory) // 60)
-        steps.value = same_time
-        steps.observe(change_step, names="value")
-        redraw()
+        steps.slider.unobserve(note_time, names="value")
+        last = len(memory) - 1
+        steps.set(last, next((n for n, now in enumerate(memory) if now.end >= shown["time"]), last))
+        steps.slider.observe(note_time, names="value")
 
-    policies.observe(change_policy, names="value")
-    steps.observe(change_step, names="value")
-    redraw()
-    return widgets.VBox([policies, widgets.HBox([steps, play]), image])
+    # Before the explorer listens: it finds the step changed already.
+    policies.observe(go_to_same_time, names="value")
+    steps.slider.observe(note_time, names="value")
+
+    def draw(policy: MemoryPolicy, step: int) -> Figure:
+        return _draw_memory(policy, served(policy), step, max_model_len)
+
+    return Explorer(
+        (policies, steps.slider),
+        draw,
+        lambda policy, step: _describe(served(policy), step),
+        rows=[policies, steps.row],
+    )
+
+
+def _describe(simulation: MemorySimulation, step: int) -> str:
+    """Who runs and who waits."""
+    now = simulation.trace.steps[step]
+    return f"Running: {some(now.running) or 'nobody'}. Waiting: {some(now.waiting) or 'nobody'}."

@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import minillm
+from minillm.progress import progress
 from minillm.transformer.attention import attention_mask, dot_product_attention, sdpa_attention
 from minillm.transformer.kv import AttentionSpec, NoCache, PaddedBatch
 from minillm.transformer.multi_head import MultiHeadAttention
@@ -37,7 +38,7 @@ from minillm.viz import (
     SilencingStore,
     attention_maps,
     best_head,
-    explore_heads,
+    explore_attention,
     next_token_probabilities,
     plot_cost,
     plot_groups,
@@ -413,10 +414,11 @@ plot_head(maps[sharpest], names, title=title)
 plt.show()
 
 # %% [markdown]
-# The explorer shows any head on any text; the sliders need a running kernel.
+# The explorer shows any head on any text; the sliders need a running kernel. In the text above the picture, point at a
+# token: all are shaded by how much it looks at them.
 
 # %% tags=["nbval-ignore-output"]
-explore_heads(model, tokenizer, text, layer=sharpest[0], head=sharpest[1])
+explore_attention(model, text, tokenizer=tokenizer, layer=sharpest[0], head=sharpest[1])
 
 # %% [markdown]
 # ### Finding heads by measuring
@@ -617,7 +619,8 @@ assert whole > 0.3
 # %%
 num_layers, num_heads = copying.shape
 everyone = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
-change = torch.tensor([probability_of_name([one]) - whole for one in everyone]).view_as(copying)
+changes = [probability_of_name([one]) - whole for one in progress(everyone, unit="head")]
+change = torch.tensor(changes).view_as(copying)
 title = "One head silenced:\nchange in percentage points"
 plot_head_scores({"probability of the right name": change}, percent=False, title=title)
 plt.show()

@@ -316,7 +316,7 @@ show_source(Trainer._take_step)
 # Now train, live. This one is small, so that it takes less than a minute.
 
 # %% tags=["nbval-ignore-output"]
-losses = trainer.train(progress=False)
+losses = trainer.train()
 parameters = sum(parameter.numel() for parameter in small.model.parameters())
 print(f"{parameters:,} parameters, {len(losses)} steps, {trainer.seconds:.0f} s")
 plot_losses({"small translator": losses}, title="The loss of each step of training, live")
@@ -508,7 +508,7 @@ for name, take_away in (
     trainer, translator = make_trainer(short, tried)
     take_away(translator.model)
     trainer = Trainer(translator.model, trainer.batch_at, trainer.config)
-    curves[name] = trainer.train(progress=False)
+    curves[name] = trainer.train()
 plot_losses(curves, title="The same training with one piece taken away")
 plt.show()
 

@@ -802,7 +802,7 @@ plot_sampling(logits, tokenizer, mixed, title="Temperature, top-k and min-p toge
 plt.show()
 
 # %% [markdown]
-# With a running kernel, here it is with sliders; below the picture stands a text drawn with these settings. Predict
+# With a running kernel, here it is with sliders; above the picture stands a text drawn with these settings. Predict
 # before you move:
 #
 # 1. Temperature 3, nothing cut: what happens to the text, and to the last bar? How small a min-p repairs the text?
@@ -810,7 +810,7 @@ plt.show()
 # 3. Top-k 1, at any temperature: which other setting gives the same text?
 
 # %% tags=["nbval-ignore-output"]
-explore_sampling(model, tokenizer, beginning, Sampling(seed=0), stop_ids=stops)
+explore_sampling(model, beginning, tokenizer=tokenizer, stop_ids=stops)
 
 # %% [markdown]
 # <details><summary>Answers</summary>

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import html
+import re
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from minillm.errors import InvalidRequestError
+from minillm.models.source import resolve
 from minillm.models.tokenizer import get_tokenizer
 from minillm.transformer.attention import attention_mask
 from minillm.transformer.decoder import Decoder, DecoderConfig, LayerConfig
@@ -17,7 +22,7 @@ from minillm.viz import (
     SilencingStore,
     attention_maps,
     best_head,
-    explore_heads,
+    explore_attention,
     next_token_probabilities,
     plot_cost,
     plot_groups,
@@ -136,21 +141,71 @@ def test_a_silencing_store_is_a_store_and_remembers_as_its_inner_one_does(model)
 
 
 def test_the_explorer_follows_its_controls(model, tokenizer):
-    field, layer, head, note, image = explore_heads(model, tokenizer, "Mia had a red kite.").children
+    explorer = explore_attention(model, "Mia had a red kite.", tokenizer=tokenizer)
+    (field, layer, head), line, image = explorer.controls, explorer.line, explorer.image
     before = bytes(image.value)
     assert before.startswith(PNG)
     for control, value in ((layer, 1), (head, 3), (field, "Tom lost a ball.")):
-        old, shown = control.value, image.value
+        old, shown, said = control.value, image.value, line.value
         control.value = value
         assert bytes(image.value).startswith(PNG)
         assert image.value != shown
+        assert line.value != said
         control.value = old
         assert image.value == shown
     field.value = ""
-    assert note.value
+    assert line.value == "Write something to read."
+    assert image.value == before
     field.value = "a " * 300
-    assert "48" in note.value
+    assert f"The first 48 of {len(tokenizer('a ' * 300).input_ids)} tokens" in line.value
     assert not plt.get_fignums(), "the explorer leaves no figure open"
+
+
+@pytest.fixture(scope="module")
+def reference() -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(resolve("tiny"), attn_implementation="eager", dtype=torch.float32)
+
+
+def shades(html: str, looking: int) -> list[float]:
+    """What the style sheet says while this token is pointed at; roots of the weights."""
+    (rule,) = re.findall(rf":has\(\.q{looking}:hover\){{(.*?)}}", html)
+    return [float(shade.split(":")[1]) for shade in rule.split(";")]
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 0), (3, 2), (5, 5)])
+def test_pointing_shows_the_weights_of_transformers(reference, tokenizer, layer, head, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "minillm.viz.attention.plot_head", lambda weights, *_, **__: drawn.append(weights) or plt.figure()
+    )
+    text = "Mia had a red kite. The kite flew away."
+    explorer = explore_attention("tiny", text)
+    explorer.controls[1].value, explorer.controls[2].value = layer, head
+    with torch.inference_mode():
+        tokens = torch.tensor([tokenizer(text).input_ids])
+        expected = reference(tokens, output_attentions=True).attentions[layer][0, head]
+    torch.testing.assert_close(drawn[-1], expected, atol=1e-5, rtol=1e-4)
+    for looking, row in enumerate(expected):
+        assert shades(explorer.line.value, looking) == pytest.approx(row.sqrt().tolist(), abs=0.0051)
+    best = int(expected[6].argmax())
+    names = token_names(tokenizer, tokens[0].tolist())
+    assert f"{names[6]} looks at: {names[best]} {expected[6, best]:.0%}" in html.unescape(explorer.line.value)
+
+
+def test_what_cannot_be_explored_is_refused(model, tokenizer):
+    with pytest.raises(InvalidRequestError, match="tokenizer="):
+        explore_attention(model, "Mia")
+    with pytest.raises(InvalidRequestError, match=r"layer: 2 is not in 0 … 1"):
+        explore_attention(model, "Mia", tokenizer=tokenizer, layer=2)
+    with pytest.raises(InvalidRequestError, match="something"):
+        explore_attention(model, "", tokenizer=tokenizer)
+
+
+def test_a_text_cannot_write_into_the_page(model, tokenizer):
+    explorer = explore_attention(model, "<script>alert('$')</script>", tokenizer=tokenizer)
+    spans = explorer.line.value.split("</style>")[1]
+    assert "<script" not in spans
+    assert "<script>alert('$')</script>" in html.unescape(re.sub(r"<[^>]*>", "", spans))
 
 
 def test_names_show_spaces_and_line_ends(tokenizer):

@@ -16,7 +16,7 @@ from minillm.cache.block_pool import BlockPool
 from minillm.cache.block_table import BlockTable
 from minillm.errors import InvalidRequestError
 from minillm.viz import explore_blocks, plot_blocks
-from minillm.viz.blocks import EXPLORED
+from minillm.viz.blocks import EXPLORED, _draw
 
 PNG = b"\x89PNG"
 SIZES = {"block_size": 4, "num_gpu_blocks_override": 18, "max_model_len": 48}
@@ -233,6 +233,51 @@ def test_step_takes_one_step_and_tells_of_the_copy(llm):
     assert f"Step {steps + 1}: computed A 1 token, B 1 token, C/0 1 token, C/1 1 token" in explorer.said.value
     assert explorer.image.value != before
     assert not plt.get_fignums(), "the explorer leaves no figure open"
+
+
+@pytest.fixture
+def last_figure(monkeypatch):
+    """What the explorer last drew, drawn when it is asked for: figures take long."""
+    given = []
+    monkeypatch.setattr("minillm.viz.blocks._draw", lambda *now: given.append(now) or Figure())
+    return lambda: _draw(*given[-1])
+
+
+def marks(figure: Figure) -> dict[str, str]:
+    """What happened to blocks, as it is marked, with what is written beside the frame."""
+    frames = [patch.get_gid() for patch in figure.axes[0].patches if re.match("copied|evicted", patch.get_gid() or "")]
+    words = [text for text in said(figure.axes[0]) if re.match("copy of|evicted", text)]
+    return dict(zip(frames, words, strict=True))
+
+
+def test_a_copy_is_marked_in_the_step_in_which_it_is_made(llm, last_figure):
+    explorer = Explorer(llm)
+    assert not marks(last_figure())
+    shared = llm.engine.scheduler.running[2].table.blocks[-1]
+    explorer.step.click()
+    copied = llm.engine.scheduler.running[2].table.blocks[-1]
+    assert marks(last_figure()) == {f"copied/{copied}": f"copy of {shared}"}
+    explorer.step.click()
+    assert not marks(last_figure())
+
+
+def test_an_eviction_is_told_and_marked(llm, monkeypatch, last_figure):
+    """Evicted is what the pool is told to forget while it gives a block out."""
+    explorer, pool, forgotten = Explorer(llm), llm.engine.scheduler.pool, []
+    forget = pool.forget
+
+    def note(block):
+        forgotten.extend([block] if pool.hashes[block] else [])
+        forget(block)
+
+    monkeypatch.setattr(pool, "forget", note)
+    explorer.prompts.value = list(EXPLORED)[3]
+    for _ in range(4):
+        explorer.add.click()
+    assert "evicted" in explorer.until("evicted")
+    (told,) = re.findall(r"evicted ([\d, ]+)", explorer.said.value)
+    assert sorted(map(int, told.split(", "))) == sorted(forgotten)
+    assert {name for name in marks(last_figure()) if "evicted" in name} == {f"evicted/{block}" for block in forgotten}
 
 
 def test_add_puts_the_chosen_prompt_into_the_queue(llm):

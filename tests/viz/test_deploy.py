@@ -100,7 +100,7 @@ def test_a_text_that_does_not_fit_is_told():
 
 def test_explorer_draws_what_its_controls_say():
     explorer = explore_deployment()
-    *controls, image = explorer.children
+    controls, image = explorer.controls, explorer.image
     assert isinstance(image, ipywidgets.Image)
     assert bytes(image.value).startswith(PNG)
     seen = {bytes(image.value)}

@@ -81,7 +81,8 @@ def test_merges_count_the_tokens(tokenizer):
 
 
 def test_the_explorer_follows_its_controls(tokenizer):
-    box, slider, image = explore_merges("Mia had a kite.", tokenizer.merges, count=10).children
+    explorer = explore_merges("Mia had a kite.", tokenizer.merges, count=10)
+    (box, slider), image = explorer.controls, explorer.image
     assert isinstance(slider, ipywidgets.IntSlider)
     before = bytes(image.value)
     assert before.startswith(PNG)

@@ -131,7 +131,7 @@ def test_what_cannot_be_split_is_refused():
 
 def test_the_explorer_obeys_each_control():
     explorer = explore_splits()
-    *controls, image = explorer.children
+    controls, image = explorer.controls, explorer.image
     assert isinstance(image, ipywidgets.Image)
     seen = {bytes(image.value)}
     for control, value in zip(controls, (2, 16, 512, "A100"), strict=True):

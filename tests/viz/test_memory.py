@@ -180,7 +180,8 @@ def test_float8_leaves_more_room():
     ids=["model", "tokens", "batch", "dtype"],
 )
 def test_each_control_redraws_the_explorer(number, value):
-    *controls, image = explore_kv_memory().children
+    explorer = explore_kv_memory()
+    controls, image = explorer.controls, explorer.image
     assert isinstance(image, ipywidgets.Image)
     before, was = bytes(image.value), controls[number].value
     assert before.startswith(PNG)

@@ -279,7 +279,8 @@ def test_another_batch_is_refused():
     ids=["batch", "group", "kv_heads", "processors", "window"],
 )
 def test_each_control_redraws_the_explorer(number, value):
-    *controls, image = explore_programs("a prompt's piece and two decodes" if number == 1 else "three decodes").children
+    explorer = explore_programs("a prompt's piece and two decodes" if number == 1 else "three decodes")
+    controls, image = explorer.controls, explorer.image
     assert isinstance(image, ipywidgets.Image)
     if number == 3:  # one long sequence has as many splits as its keys allow; two heads make the difference seen
         controls[0].value, controls[2].value = "one long decode", 3

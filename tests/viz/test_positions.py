@@ -62,7 +62,8 @@ def test_the_pairs_products_add_up_to_the_dot_product(interleaved):
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_each_slider_redraws_the_explorer(number):
-    *sliders, image = explore_rotary(query_position=12, key_position=5, pair=2).children
+    explorer = explore_rotary(query_position=12, key_position=5, pair=2)
+    sliders, image = explorer.controls, explorer.image
     assert all(isinstance(slider, ipywidgets.IntSlider) for slider in sliders)
     before = bytes(image.value)
     assert before.startswith(PNG)

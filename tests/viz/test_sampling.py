@@ -33,6 +33,8 @@ VOCAB = 32
 class Letters:
     """A tokenizer of letters: what the figures need of one."""
 
+    eos_token_id = None
+
     def __call__(self, text):
         return type("Encoding", (), {"input_ids": [ord(letter) % VOCAB for letter in text]})
 
@@ -132,7 +134,8 @@ def test_parameters_packed_rows_and_curves_draw_what_they_are_given():
 
 
 def test_the_explorers_controls_change_picture_and_text(model):
-    *sliders, image, text = explore_sampling(model, Letters(), "ABC", Sampling(seed=0), max_tokens=12).children
+    explorer = explore_sampling(model, "ABC", Sampling(seed=0), tokenizer=Letters(), max_tokens=12)
+    sliders, text, image = explorer.controls, explorer.line, explorer.image
     temperature, top_k, top_p, min_p, seed = sliders
     assert all(isinstance(slider, ipywidgets.IntSlider | ipywidgets.FloatSlider) for slider in sliders)
     first_picture, first_text = bytes(image.value), text.value
@@ -150,7 +153,8 @@ def test_the_explorers_controls_change_picture_and_text(model):
 
 
 def test_at_temperature_0_the_explorer_writes_the_greedy_text(model):
-    *sliders, _, text = explore_sampling(model, Letters(), "ABC", Sampling(0, seed=0), max_tokens=5).children
+    explorer = explore_sampling(model, "ABC", Sampling(0, seed=0), tokenizer=Letters(), max_tokens=5)
+    sliders, text = explorer.controls, explorer.line
     tokens = Letters()("ABC").input_ids
     with torch.inference_mode():
         for _ in range(5):

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from minillm import LLM, SamplingParams
 from minillm.engine.scheduler import SchedulerConfig
 from minillm.engine.trace import Trace, TracedPart, TracedStep
-from minillm.errors import ConfigError, InvalidRequestError
+from minillm.errors import InvalidRequestError
 from minillm.simulate.simulator import simulate
 from minillm.simulate.trace import Arrival
 from minillm.viz import (
@@ -306,11 +306,15 @@ def llm():
         yield one
 
 
+WRITING = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+PROMPTS = [[5, 6, 7], list(range(20, 30)), [8]]
+
+
 def test_the_explorer_walks(llm):
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     for _ in range(2):  # the second time, the engine has a trace already
         before = len(llm.trace.steps)
-        slider, image = explore_schedule(llm, [[5, 6, 7], list(range(20, 30)), [8]], params).children
+        explorer = explore_schedule(llm, PROMPTS, WRITING)
+        slider, image = explorer.controls[0], explorer.image
         assert isinstance(image, ipywidgets.Image)
         assert (slider.min, slider.max) == (0, len(llm.trace.steps) - before - 1)
         first = bytes(image.value)
@@ -323,19 +327,51 @@ def test_the_explorer_walks(llm):
     assert not plt.get_fignums(), "the explorer leaves no figure open"
 
 
+def test_back_step_and_play_move_the_slider(llm, monkeypatch):
+    monkeypatch.setattr("minillm.viz.schedule.plot_schedule", lambda *_: plt.figure())
+    explorer = explore_schedule(llm, PROMPTS, WRITING)
+    back, step, play, slider = explorer.children[0].children
+    back.click()
+    assert slider.value == 0, "there is nothing before the first step"
+    step.click()
+    step.click()
+    assert slider.value == play.value == 2
+    assert explorer.line.value.startswith("Step 2,")
+    back.click()
+    assert slider.value == 1
+    play.value = play.max  # what the player sends
+    assert slider.value == slider.max
+    step.click()
+    assert slider.value == slider.max
+
+
+def test_the_line_tells_what_the_trace_holds(llm):
+    """Two seats and 8 tokens a step: three tokens of the first prompt, then five of the second; the third waits."""
+    explorer = explore_schedule(llm, [[50, 51, 52], list(range(60, 70)), [53]], WRITING)
+    first = llm.trace.steps[-explorer.controls[0].max - 1]
+    one, two, three = *first.running, *first.waiting
+    assert explorer.line.value == f"Step 0, 8 tokens. prompt: {one}, {two} (8); waits: {three}."
+    explorer.controls[0].value = 1
+    assert explorer.line.value == f"Step 1, 6 tokens. prompt: {two} (5); one token: decode: {one} (1); waits: {three}."
+
+
 def test_the_explorer_draws_this_run_only(llm, monkeypatch):
     drawn = []
     monkeypatch.setattr("minillm.viz.schedule.plot_schedule", lambda *given: drawn.append(given) or plt.figure())
     params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (2, 5)]
     before = len(llm.trace.steps)
-    slider, _ = explore_schedule(llm, [[5, 6, 7], [9, 8]], params).children
-    slider.value = 3
+    explorer = explore_schedule(llm, [[5, 6, 7], [9, 8]], params)
+    explorer.controls[0].value = 3
     assert [number for _, number, _ in drawn] == [0, 3]
     trace, _, config = drawn[0]
     assert trace.steps == llm.trace.steps[before:]
     assert config == SchedulerConfig(2, 8, llm.max_model_len)
 
 
-def test_the_explorer_needs_a_trace():
-    with LLM("tiny", dtype="float32", device="cpu") as silent, pytest.raises(ConfigError, match="trace=True"):
-        explore_schedule(silent, ["a"])
+def test_an_llm_that_keeps_no_trace_is_explored_too():
+    with LLM("tiny", dtype="float32", device="cpu", num_gpu_blocks_override=8) as silent:
+        explorer = explore_schedule(silent, [[5, 6]], WRITING)
+        assert explorer.controls[0].max == 3
+        assert silent.engine.trace is silent.trace is None
+        with pytest.raises(InvalidRequestError, match="give at least one"):
+            explore_schedule(silent, [])

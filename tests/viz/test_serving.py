@@ -134,8 +134,8 @@ def test_evenly_spaced_requests_wait_for_nobody():
 
 
 def test_the_explorer_obeys():
-    controls, image = explore_queue().children
-    utilisation, seed, even = controls.children
+    explorer = explore_queue()
+    (utilisation, seed, even), image = explorer.controls, explorer.image
     assert isinstance(image, ipywidgets.Image)
     seen = {bytes(image.value)}
     for control, value in ((utilisation, 0.5), (seed, 7), (even, True)):

@@ -238,7 +238,8 @@ def test_the_picture_of_the_explorer_holds_both():
     ("number", "value"), [(0, 200), (1, 0), (2, 7), (3, 32)], ids=["prompt", "answer", "n", "block size"]
 )
 def test_each_control_redraws_the_explorer(number, value):
-    *controls, image = explore_sharing(prompt=40, answer=20).children
+    explorer = explore_sharing(prompt=40, answer=20)
+    controls, image = explorer.controls, explorer.image
     assert isinstance(image, ipywidgets.Image)
     before, was = bytes(image.value), controls[number].value
     assert before.startswith(PNG)

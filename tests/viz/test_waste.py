@@ -113,9 +113,10 @@ def test_what_there_is_not_is_refused():
 
 
 def explored(policy="pow2", step=5):
-    box = explore_memory(policy, ARRIVALS, step, **SIZES)
-    policies, row, image = box.children
-    steps, play = row.children
+    explorer = explore_memory(policy, ARRIVALS, step, **SIZES)
+    (policies, steps), image = explorer.controls, explorer.image
+    *_, play, slider = explorer.children[1].children
+    assert slider is steps
     assert isinstance(image, ipywidgets.Image)
     assert bytes(image.value).startswith(PNG)
     return policies, steps, play, image
