@@ -237,7 +237,7 @@ def plot_utilisation(utilisation: float, *, even: bool = False, num: int = 40, s
     mean = sum(start - arrival for start, arrival in zip(starts, arrivals, strict=True)) / num
     how = "evenly spaced" if even else "at random"
     return plot_queue(
-        arrivals, 1.0, title=f"Utilisation {utilisation:.0%}, {how}: the mean wait is {mean:.1f} services"
+        arrivals, 1.0, title=f"Utilisation {utilisation:.0%}, {how}: the mean wait is {mean:.1f} service times"
     )
 
 

@@ -778,8 +778,8 @@ llm.close()
 # 1. Press *step*: which request gets a copy, and of which block? Why not the other one?
 # 2. Step until A ends. Its blocks are freed. Which of them stay coloured, and why?
 # 3. When all have ended, add "Nora, and what she had" again and step. How many of its tokens are found?
-# 4. Add "something else" four times and step on. The pool has 18 blocks. What happens when none is free, and whom does
-#    it hit?
+# 4. When that has ended too, add "something else" six times and step on. The pool has 18 blocks. What happens when none
+#    is free, and whom does it hit?
 
 # %% tags=["nbval-ignore-output"]
 explore_blocks(LLM("tiny", dtype="float32", device="cpu", **sizes))
@@ -793,7 +793,8 @@ explore_blocks(LLM("tiny", dtype="float32", device="cpu", **sizes))
 #    white.
 # 3. 12 of its 13 tokens: the first three blocks are full and still in the pool.
 # 4. The last of the running requests (the lowest table) is *preempted*: it gives its blocks back, waits, and starts
-#    again later. Part of what it had computed is usually found again. Notebook 11 tells more of this.
+#    again later. Here most of what it had computed is found again. Notebook 11 tells more of this. (Five would just
+#    fit, since all of them share the prompt's full blocks.)
 #
 # </details>
 

@@ -99,7 +99,7 @@ assert num_steps(static) == sum(max(batch) for batch in batches)
 print(f"{idle:,} idle row-steps, {sum(outputs):,} useful ones, {num_steps(static)} steps")
 
 # %% [markdown]
-# Two harms are done. Seats idle; and a request that comes while a batch runs waits for its end, even where a seat has
+# This does harm twice. Seats idle; and a request that comes while a batch runs waits for its end, even where a seat has
 # been idle for long. Yu et al. (2022, §3) name both: *early-finished* and *late-joining* requests.
 #
 # ## 3 · A new decision at every step
@@ -529,11 +529,11 @@ assert again < computed_again(tight.trace) / 2
 #
 # ### Why the youngest, and why it always ends
 #
-# Let requests have places by when they were admitted. Only the last one is ever preempted, so **the oldest never is**.
-# It gets on in every step, since a budget must be at least the number of seats and so leaves a token for everybody. Its
-# answer has a limit (`max_tokens`); so it ends and gives its blocks back. Then another one is the oldest, and so on.
-# Preempting the oldest instead would tend to throw away the most work, and two large requests could take each other's
-# blocks forever.
+# Order the running requests by when they were admitted. Only the last one is ever preempted, so **the oldest never
+# is**. It makes progress in every step, since a budget must be at least the number of seats and so leaves a token for
+# everybody. Its answer has a limit (`max_tokens`); so it ends and gives its blocks back. Then another one is the
+# oldest, and so on. Preempting the oldest instead would tend to throw away the most work, and two large requests could
+# take each other's blocks forever.
 #
 # There is one gap in this argument. The oldest must fit when it is *alone*. That can be checked when it comes, and it
 # is:

@@ -169,8 +169,8 @@ assert round(4 * matrix_weights(smollm) / 1e9, 1) == 0.5
 
 # %% [markdown]
 # (One reservation. `tiny` has 11 MB of weights, which may well stay in the processor's cache between two tokens,
-# and a cache is faster than memory. The limit for one sequence is therefore none that physics guards; you may see it
-# passed. For SmolLM2, with half a gigabyte, it holds.)
+# and a cache is faster than memory. So the limit for one sequence is not a hard one here; you may see it passed. For
+# SmolLM2, with half a gigabyte, it holds.)
 #
 # ## 1 · The naive loop
 #

@@ -446,7 +446,7 @@ if IS_STAND_IN:
 # %% [markdown]
 # ## 5 · What the model is told
 #
-# The engine that will answer until section 7. What we said about memory is now two arguments. (On a CPU
+# This engine will answer until section 7. What we said about memory is now two arguments. (On a CPU
 # `kv_cache_memory_bytes` takes the place of `gpu_memory_utilization`.)
 
 # %%
