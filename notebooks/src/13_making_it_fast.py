@@ -384,8 +384,9 @@ print("linear layers are", *kinds)
 print("here it pays" if "PackedLinear" in kinds else "here it does not pay: weights stay as they are")
 
 # %% [markdown]
-# For a batch, the products are most of a step, and a better product is felt. For one row there is little to rearrange:
-# each weight is read, multiplied once, and gone.
+# For a batch, the products are most of a step, and a better product is felt. For one row there is less to win: each
+# weight is read, multiplied once, and gone. What may help even there is that weights are read in the order in which
+# they lie (section 6 measures it on a larger model).
 #
 # ## 6 · Fewer bytes
 #
@@ -729,9 +730,9 @@ plot_gains(rates_of(1), limit=limit(1), **labels, title="One sequence")
 plt.show()
 
 # %% [markdown]
-# The limits are those of float32, so the quantised stages have higher ones. Compare the two pictures. Batching is the
-# largest gain in one and none in the other. Kernels and fused operations help one sequence most, since its calls are
-# divided among the fewest tokens.
+# The limits are those of float32, so the quantised stages have higher ones. Compare the two pictures. Batching is a
+# large gain in one and none in the other. Kernels and fused operations remove calls, so they should help one sequence
+# most, whose calls are divided among the fewest tokens. Do they on your machine?
 #
 # And on the roofline. A mark says how many FLOPs a second went into writing, over the time of the whole workload (the
 # prompts take time and are not counted as FLOPs here). Only for the first one are the repeated FLOPs counted, too.
@@ -786,10 +787,10 @@ plt.show()
 # | --- | --- | --- | --- |
 # | keys and values kept | arithmetic that was done before | yes | yes |
 # | many at once | passes over the weights | no | most of all |
-# | kernels, fused | calls, small tensors written to be read once | most of all | yes |
-# | weights laid out once | rearranging in each product | hardly | yes |
+# | kernels, fused | calls, small tensors written to be read once | yes | yes |
+# | weights laid out once | rearranging in each product | where the trial says so | where the trial says so |
 # | bfloat16 | half of all bytes | yes, with instructions for it | yes, with instructions for it |
-# | int8, int4 | bytes of weights | yes, if the model is larger than the cache | hardly |
+# | int8, int4 | bytes of weights | if the model is larger than the cache, and unpacking is cheap | hardly |
 #
 # - Measure the machine first: it says what is possible, and when to stop.
 # - Change one thing, check that the tokens are the same, measure, keep it or throw it away.
