@@ -662,8 +662,8 @@ print("loads of 16 bytes and tensor cores everywhere, wgmma in the H100's prompt
 # ## 8 · Measured
 #
 # What cannot be counted must be measured. `minillm.bench.gpu_attention` times decode attention on a GPU: many sizes,
-# blocks in random order, and enough data that nothing is left in the level-2 cache. It compares with a plain copy on
-# the same card, since that is what the memory does at best in practice. The package ships one such table.
+# blocks in random order, and from 8 MiB on enough data that nothing is left in the level-2 cache. It compares with a
+# plain copy on the same card, since that is what the memory does at best in practice. The package ships one such table.
 
 # %%
 measured = load_gpu_attention()
