@@ -13,7 +13,7 @@
 # - explain reference counts, forks, and when a write needs a copy first;
 # - explain how a prompt's beginning is found by its content, why the hashes are chained, and what is evicted when.
 #
-# **You need** notebooks [06](06_kv_cache.ipynb) (keys and values kept) and [07](07_memory_waste.ipynb) (what
+# **You need** notebooks [06](06_kv_cache.ipynb) (the KV cache) and [07](07_memory_waste.ipynb) (what
 # reservation wastes). No GPU.
 #
 # **New here**: notebook 07 counted what blocks save; here they are built. Two things come with them that no stretch of

@@ -14,7 +14,7 @@
 # - explain what happens when memory runs out, why it costs only time, and why it always ends;
 # - look at what your own engine did, in a timeline.
 #
-# **You need** notebooks [06](06_kv_cache.ipynb) (keys and values kept) and [08](08_paged_blocks.ipynb) (blocks);
+# **You need** notebooks [06](06_kv_cache.ipynb) (the KV cache) and [08](08_paged_blocks.ipynb) (blocks);
 # [09](09_paged_attention.ipynb) says what a kernel does with the batch that is made here. No GPU.
 #
 # **New here**: notebooks 08 to 10 took the batch as given. Now requests come and go, and somebody decides at every step

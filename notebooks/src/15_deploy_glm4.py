@@ -17,7 +17,7 @@
 # - recognise a wrong prompt and a forgotten stop token by their symptoms;
 # - call the model by code and by server, and say when the server is ready for its users.
 #
-# **You need** notebooks [06](06_kv_cache.ipynb) (keys and values), [11](11_continuous_batching.ipynb) (the scheduler)
+# **You need** notebooks [06](06_kv_cache.ipynb) (the KV cache), [11](11_continuous_batching.ipynb) (the scheduler)
 # and [14](14_serving.ipynb) (the server). No GPU.
 #
 # **New here**: nothing in the engine. Notebook 14 served a model that ships with the package; now a published one goes
@@ -190,7 +190,7 @@ print(json.dumps({key: GLM4_9B_CHAT[key] for key in decisive}, indent=1))
 #
 # ### Parameters, twice
 #
-# We build the model on PyTorch's `meta` device: every tensor has its shape, and none has a byte.
+# We build the model on the "meta" device (notebook 04):
 
 # %%
 family, config = translate(GLM4_9B_CHAT)
