@@ -951,5 +951,6 @@ if tokens_a_pass(0.8, 4) is not None:
 #
 # </details>
 #
-# --- **Back:** [12_sharing](12_sharing.ipynb) · **Next:** [14_serving](14_serving.ipynb): the engine behind a door that
+# ---
+# **Back:** [12_sharing](12_sharing.ipynb) · **Next:** [14_serving](14_serving.ipynb): the engine behind a door that
 # many can knock at.

@@ -426,6 +426,7 @@ with ThreadPoolExecutor(32) as clients:
     while not all(one.done() for one in visits):
         seen.append(read_metrics(http))
         times.append(time.perf_counter() - start)
+        time.sleep(0.02)
 after = read_metrics(http)
 
 # %% tags=["nbval-ignore-output"]
@@ -631,7 +632,7 @@ def mean_between(before, after, name):
 single = {}
 with background(one_seat, config) as server, httpx.Client(base_url=server.url) as http:
     possible = 20 / under_load(server, 20, float("inf"), max_concurrency=3).duration_s
-    for load in (0.4, 0.7, 0.9):
+    for load in (0.5, 0.7, 0.9):
         before, watcher = read_metrics(http), Watcher(one_seat.engine)
         result = under_load(server, 30, load * possible)
         heads, after = watcher.mean(result.duration_s), read_metrics(http)
@@ -710,7 +711,7 @@ def until_it_falls_behind(server, rate, seconds=2):
 
 with background(eight_seats, config) as server:
     unloaded = under_load(server, 5, 2.0)
-    results = until_it_falls_behind(server, 0.7 * possible)
+    results = until_it_falls_behind(server, possible)
 capacity = max(len(result.e2e_s) / result.duration_s for result in results.values())
 
 # %% tags=["nbval-ignore-output"]

@@ -975,6 +975,7 @@ if harmless("a") is not None:
 #
 # </details>
 #
-# --- **Back:** [14_serving](14_serving.ipynb) · **Next:** this is the last notebook for now. What lies past one device,
+# ---
+# **Back:** [14_serving](14_serving.ipynb) · **Next:** this is the last notebook for now. What lies past one device,
 # tensor parallelism among it, is being worked on. [docs/architecture.md](../docs/architecture.md) shows the whole
 # engine on one page, and [docs/benchmarks.md](../docs/benchmarks.md) what it reaches.
