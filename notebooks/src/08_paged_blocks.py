@@ -19,7 +19,7 @@
 # **New here**: notebook 07 counted what blocks save; here they are built. Two things come with them that no stretch of
 # memory could do: sequences share blocks, and a prompt's beginning that was computed once is found again.
 #
-# **Time**: about 75 minutes (it runs in about 25 s on two cores).
+# **Time**: about 75 minutes (it runs in about 15 s on two cores).
 
 # %%
 import random

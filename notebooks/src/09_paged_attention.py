@@ -21,7 +21,7 @@
 # **New here**: notebook 08 settled where keys and values lie. Now queries look at them, through the table, with a sum
 # that is finished block by block.
 #
-# **Time**: about 90 minutes (it runs in about 25 s on two cores; longer where Numba has to compile first).
+# **Time**: about 90 minutes (it runs in about 30 s on two cores; longer where Numba has to compile first).
 
 # %%
 import os

@@ -22,7 +22,7 @@
 # **New here**: notebook 09 read a finished kernel and asked what it computes. Now you write kernels yourself, and ask
 # what they cost: bytes fetched, registers, programs, launches.
 #
-# **Time**: about 90 minutes (it runs in about 25 s on two cores).
+# **Time**: about 90 minutes (it runs in about 20 s on two cores).
 #
 # Triton's interpreter is switched on by an environment variable, before any kernel is imported:
 

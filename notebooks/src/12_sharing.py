@@ -19,7 +19,7 @@
 # **New here**: notebook 08 built the means of sharing. Now they are used, by samples, beams and strangers, and we count
 # what they save and when they save nothing.
 #
-# **Time**: about 75 minutes (it runs in about 25 s on two cores).
+# **Time**: about 75 minutes (it runs in about 30 s on two cores).
 
 # %%
 import random

@@ -20,7 +20,7 @@
 # **New here**: weights that are laid out anew, and weights of 8 and 4 bits. All else you have built; new is that each
 # stage is measured against the machine's limit.
 #
-# **Time**: about 75 minutes (it runs in about 25 s on two cores).
+# **Time**: about 75 minutes (it runs in about 40 s on two cores).
 
 # %%
 import random
