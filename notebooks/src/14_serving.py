@@ -21,7 +21,7 @@
 # **New here**: so far one caller had all requests at once. Now clients come and go while the engine runs, and we ask
 # how many of them it can serve well.
 #
-# **Time**: about 75 minutes (it runs in about 40 s on two cores).
+# **Time**: about 75 minutes (it runs in about 30 s on two cores).
 
 # %%
 import asyncio
@@ -634,14 +634,14 @@ with background(one_seat, config) as server, httpx.Client(base_url=server.url) a
     possible = 20 / under_load(server, 20, float("inf"), max_concurrency=3).duration_s
     for load in (0.5, 0.7, 0.9):
         before, watcher = read_metrics(http), Watcher(one_seat.engine)
-        result = under_load(server, 30, load * possible)
+        result = under_load(server, 20, load * possible)
         heads, after = watcher.mean(result.duration_s), read_metrics(http)
         single[load] = result, heads, mean_between(before, after, "request_inference_time_seconds")
 
 # %% tags=["nbval-ignore-output"]
 print("requests/s   service time   utilisation | mean wait: measured   same arrivals   formula")
 for load, (result, _, service) in single.items():
-    arrivals = [one.at_s for one in poisson(30, load * possible, seed=0, **SIZE)]
+    arrivals = [one.at_s for one in poisson(20, load * possible, seed=0, **SIZE)]
     computed = np.mean(np.subtract(starts_in_order(arrivals, service), arrivals))
     measured = result.ttft_s.mean() - result.ttft_s.min()  # the quickest waited for nobody
     used = load * possible * service
@@ -651,12 +651,12 @@ for load, (result, _, service) in single.items():
 
 # %%
 assert all(result.num_failed == 0 for result, *_ in single.values())
-assert all(result.output_tokens == 30 * 12 for result, *_ in single.values())
+assert all(result.output_tokens == 20 * 12 for result, *_ in single.values())
 
 # %% [markdown]
 # Compare *measured* with *same arrivals*: two lines of arithmetic tell how long a real server lets people wait. What
 # differs is the world: a service time that is not quite constant, a client that shares its processor with the server,
-# whatever else your computer does. Then compare *same arrivals* with *formula*: that is chance again. These were thirty
+# whatever else your computer does. Then compare *same arrivals* with *formula*: that is chance again. These were twenty
 # arrivals of all that might have been.
 #
 # ### Little's law
