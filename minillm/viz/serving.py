@@ -244,7 +244,7 @@ def plot_utilisation(utilisation: float, *, even: bool = False, num: int = 40, s
     mean = sum(start - arrival for start, arrival in zip(starts, arrivals, strict=True)) / num
     how = "evenly spaced" if even else "at random"
     return plot_queue(
-        arrivals, 1.0, title=f"Utilisation {utilisation:.0%}, {how}: the mean wait is {mean:.1f} services"
+        arrivals, 1.0, title=f"Utilisation {utilisation:.0%}, {how}: the mean wait is {mean:.1f} service times"
     )
 
 
@@ -274,7 +274,8 @@ def plot_histogram(buckets: Mapping[float, float], marks: Mapping[str, float], *
     heights = [count - before for count, before in zip(counts, [0, *counts], strict=False)]
     figure, axes = plt.subplots(figsize=(10, 3.2), layout="constrained")
     bars = axes.bar(range(len(edges)), heights, 0.92, color=BLUE, alpha=0.75)
-    axes.bar_label(bars, [f"{height:,.0f}" if height else "" for height in heights], fontsize=9)
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # a mark may run behind the number
+    axes.bar_label(bars, [f"{height:,.0f}" if height else "" for height in heights], fontsize=9, padding=2, bbox=plain)
     for row, (name, value) in enumerate(marks.items()):
         axes.axvline(_place(edges, value), color=COLOURS[1 + row % 5], linestyle=LINE_STYLES[row % 4], label=name)
     axes.set_xticks(
@@ -282,7 +283,7 @@ def plot_histogram(buckets: Mapping[float, float], marks: Mapping[str, float], *
         ["∞" if edge == math.inf else f"{edge:g}" for edge in edges],
         fontsize=8,
     )
-    axes.set(xlabel=f"upper edge of the bucket ({unit})", ylabel="how many", title=title)
+    axes.set(xlabel=f"upper edge of the bucket ({unit})", ylabel="values", title=title)
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)

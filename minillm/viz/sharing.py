@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
@@ -276,7 +277,8 @@ def plot_saved_share(
     axes.set(xlabel="prompt's share of all tokens", ylabel="blocks saved", title=title, xlim=(0, 1), ylim=(0, 1))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, loc="upper left")
+    approximation = Line2D([], [], linestyle=":", color=GREY, linewidth=1, label="approximation")
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0], approximation], frameon=False, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

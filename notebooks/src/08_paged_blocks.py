@@ -2,9 +2,8 @@
 # # 08 · Blocks and block tables
 #
 # A sequence should get memory as it grows, a little at a time, from wherever some is free. Operating systems give
-# memory to programs in this way. This notebook builds it for keys and values: a pool of blocks, a table for each
-# sequence, and what becomes possible once nobody's memory has to lie in one piece. Sequences can share blocks, and a
-# prompt's beginning that was computed once can be found again.
+# memory to programs in this way. This notebook builds it for keys and values: a pool of blocks, and a table for each
+# sequence.
 #
 # **By the end of this notebook you will be able to**
 #
@@ -14,12 +13,17 @@
 # - explain reference counts, forks, and when a write needs a copy first;
 # - explain how a prompt's beginning is found by its content, why the hashes are chained, and what is evicted when.
 #
-# **You need** notebooks 06 (the key/value cache) and 07 (what reservation wastes). No GPU. **Time**: about 75 minutes.
+# **You need** notebooks [06](06_kv_cache.ipynb) (the KV cache) and [07](07_memory_waste.ipynb) (what
+# reservation wastes). No GPU.
+#
+# **New here**: notebook 07 counted what blocks save; here they are built. Two things come with them that no stretch of
+# memory could do: sequences share blocks, and a prompt's beginning that was computed once is found again.
+#
+# **Time**: about 75 minutes (it runs in about 15 s on two cores).
 
 # %%
 import random
 from collections import Counter
-from math import ceil
 
 import matplotlib.pyplot as plt
 import torch
@@ -72,7 +76,7 @@ print(f"one block of 4 tokens: {block_bytes / 2**10:.0f} KiB over all {config.nu
 # %% [markdown]
 # The cache does not know who owns what. That is bookkeeping with small integers, and it is done by two classes of
 # about a hundred lines each: `BlockPool` and `BlockTable`. Blocks in this notebook hold 4 tokens, so that they can be
-# drawn. In earnest it is 16, the default of Kwon et al. (§7.2) and of this package.
+# drawn. In the engine it is 16.
 #
 # ## 2 · The pool
 #
@@ -179,33 +183,12 @@ print("slot    ", by_hand)
 assert by_hand == a.slots(0, a.num_tokens)
 
 # %% [markdown]
-# These numbers are what the engine sends to the model in each step, under the name **slot mapping**. `slots` is all
-# there is to it:
+# These numbers are what the engine sends to the model in each step, under the name **slot mapping**:
 
 # %%
 show_source(BlockTable.slots)
 
 # %% [markdown]
-# ### What is still wasted
-#
-# Since all blocks are equal, no gaps are left that fit nobody. A sequence wastes only the empty slots of its last
-# block, at most `block_size − 1` of them, and nothing is reserved for later. For 1,000 sequences of made-up lengths,
-# many short and few long:
-
-# %%
-rng = random.Random(8)
-lengths = [max(1, min(2048, round(400 * rng.lognormvariate(0, 0.9)))) for _ in range(1000)]
-used = {size: sum(lengths) / sum(ceil(n / size) * size for n in lengths) for size in (1, 4, 16, 64, 256, 2048)}
-for size, share in used.items():
-    print(f"blocks of {size:5,}: {share:6.1%} of the slots that are held have a token")
-assert used[16] > 0.95
-assert used[2048] < 0.4
-
-# %% [markdown]
-# Blocks of 2,048 are the reservation of the notebooks before, since no sequence is longer. Kwon et al. measured 96.3 %
-# for their system (figure 2). Blocks of one token would waste nothing at all, but then every key is fetched from
-# another place, and the tables are sixteen times as long as with blocks of 16. §7.2 of the paper compares block sizes.
-#
 # ## 4 · Does it give the same?
 #
 # So far we have moved integers. Does a model whose memory is scattered like this still compute the same? We put it to
@@ -389,9 +372,7 @@ print("blocks:", [fork.blocks for fork in forks], "counts:", pool.ref_counts)
 assert pool.ref_counts == [3, 3, 1, 1, 1, 0]
 
 # %% [markdown]
-# Beam search forks at every step: beams that go on from the same beam share all that it wrote. Kwon et al. measured on
-# conversations that sharing saves 16.2 % to 30.5 % of the blocks when several answers are sampled, and 44.3 % to 66.3 %
-# with beam search (§6.3).
+# Notebook 12 measures what this saves, for several answers and for beams.
 #
 # ## 6 · Meeting again: prefix reuse
 #
@@ -399,8 +380,8 @@ assert pool.ref_counts == [3, 3, 1, 1, 1, 0]
 # every user's question, or the whole conversation so far before the next message. Their tables know nothing of each
 # other. Can the second request find the first one's blocks?
 #
-# It can if blocks are known by their **content**. A full block never changes, so its content can be its name. As with
-# any content-addressed store, the name is a hash. But of what?
+# It can if blocks are known by their **content**. A full block never changes, so a hash of its content can be its name.
+# But of which content?
 #
 # Not just of the block's own tokens. We compute the keys of the same four tokens at the same positions, once after one
 # beginning and once after another:
@@ -797,8 +778,8 @@ llm.close()
 # 1. Press *step*: which request gets a copy, and of which block? Why not the other one?
 # 2. Step until A ends. Its blocks are freed. Which of them stay coloured, and why?
 # 3. When all have ended, add "Nora, and what she had" again and step. How many of its tokens are found?
-# 4. Add "something else" four times and step on. The pool has 18 blocks. What happens when none is free, and whom does
-#    it hit?
+# 4. When that has ended too, add "something else" six times and step on. The pool has 18 blocks. What happens when none
+#    is free, and whom does it hit?
 
 # %% tags=["nbval-ignore-output"]
 explore_blocks(LLM("tiny", dtype="float32", device="cpu", **sizes))
@@ -812,7 +793,8 @@ explore_blocks(LLM("tiny", dtype="float32", device="cpu", **sizes))
 #    white.
 # 3. 12 of its 13 tokens: the first three blocks are full and still in the pool.
 # 4. The last of the running requests (the lowest table) is *preempted*: it gives its blocks back, waits, and starts
-#    again later. Part of what it had computed is usually found again. Notebook 11 tells more of this.
+#    again later. Here most of what it had computed is found again. Notebook 11 tells more of this. (Five would just
+#    fit, since all of them share the prompt's full blocks.)
 #
 # </details>
 
@@ -973,5 +955,5 @@ if one is not None and two is not None:
 # </details>
 #
 # ---
-# **Next:** `09_paged_attention`: how a query looks at keys that lie in scattered blocks, and how a kernel does it
-# without gathering them first.
+# **Back:** [07_memory_waste](07_memory_waste.ipynb) · **Next:** [09_paged_attention](09_paged_attention.ipynb): how a
+# query looks at keys that lie in scattered blocks, and how a kernel does it without gathering them first.

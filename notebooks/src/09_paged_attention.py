@@ -3,9 +3,8 @@
 #
 # The keys and values of a text lie in blocks, scattered over a pool. A query must look at all of them, in every layer,
 # for every token that is written. This notebook computes the same attention five times: by the textbook, block by
-# block, for a whole batch at once, compiled for the processor, and as a kernel for a graphics card. Each version is
-# proved equal to the one before. What changes is what has to be held, what has to be copied, and who works at the same
-# time.
+# block, for a whole batch at once, compiled for the processor, and as a kernel for a GPU. Each version is checked
+# against the one before. What changes is what has to be held, what has to be copied, and who works at the same time.
 #
 # **By the end of this notebook you will be able to**
 #
@@ -16,8 +15,13 @@
 # - read the package's kernels for CPU and GPU, and predict which thread and which program reads which block;
 # - say which comparisons of speed are fair.
 #
-# **You need** notebooks 03 (attention) and 08 (blocks and block tables). No GPU: the GPU kernel runs in Triton's
-# interpreter, which exists on Linux only (section 6; on Windows, in WSL). **Time**: about 90 minutes.
+# **You need** notebooks [03](03_attention.ipynb) (attention) and [08](08_paged_blocks.ipynb) (blocks and block tables).
+# No GPU: the GPU kernel runs in Triton's interpreter, which exists on Linux only (section 6; on Windows, in WSL).
+#
+# **New here**: notebook 08 settled where keys and values lie. Now queries look at them, through the table, with a sum
+# that is finished block by block.
+#
+# **Time**: about 90 minutes (it runs in about 30 s on two cores; longer where Numba has to compile first).
 
 # %%
 import os
@@ -59,8 +63,8 @@ from minillm.viz import (
 # %% [markdown]
 # ## 1 · What must be computed
 #
-# A small case that fits on the page. One sequence has 10 tokens in blocks of 4, and they lie in the blocks 4, 1 and 3
-# of a pool of 6. (The queue of the pool is put into this order first, as in notebook 08.)
+# A case small enough to print. One sequence has 10 tokens in blocks of 4, and they lie in the blocks 4, 1 and 3 of a
+# pool of 6. (The queue of the pool is put into this order first, as in notebook 08.)
 
 # %%
 pool = BlockPool(num_blocks=6, block_size=4)
@@ -121,15 +125,15 @@ torch.testing.assert_close(first_way, expected)
 print("equal to attention over keys in one piece")
 
 # %% [markdown]
-# This is right, and it is *all* that paged attention has to be: to find a key, ask the table. Kwon et al.
-# 2023 ("PagedAttention", §4.1) write it as an equation over blocks. What follows does not change the result. It changes
-# the order of the work, for three reasons:
+# This is right, and it is *all* that paged attention has to be: to find a key, ask the table. Kwon et al. (2023, §4.1)
+# write it as an equation over blocks. What follows does not change the result. It changes the order of the work, for
+# three reasons:
 #
-# - single numbers are fetched one by one, where memory delivers whole stretches;
+# - keys and values are fetched one by one, where memory delivers whole stretches;
 # - all scores of a query are held until the last is known;
 # - a query is one piece of work, which two workers cannot share.
 #
-# The next section mends all three with one idea.
+# One idea, in the next section, helps with all three.
 #
 # ## 3 · The second way: block by block
 #
@@ -161,11 +165,10 @@ torch.testing.assert_close(shifted / shifted.sum(), scores.softmax(dim=0))
 #
 # ### The online softmax
 #
-# Milakov and Gimelshein 2018 ("Online normalizer calculation for softmax", §3) found the way out: use the largest score
-# *so far*, and when a larger one turns up, correct what has been summed. All sums were relative to the old maximum $m$;
-# to make them relative to the new one $m'$, multiply them once by $e^{m - m'}$, because
-# $e^{s - m} \cdot e^{m - m'} = e^{s - m'}$. FlashAttention (Dao et al. 2022, §3.1) carries the weighted sum of values
-# along in the same way.
+# Milakov and Gimelshein (2018, §3) found the way out: use the largest score *so far*, and when a larger one turns up,
+# correct what has been summed. All sums were relative to the old maximum $m$; to make them relative to the new one
+# $m'$, multiply them once by $e^{m - m'}$, because $e^{s - m} \cdot e^{m - m'} = e^{s - m'}$. FlashAttention (Dao et
+# al. 2022, §3.1) carries the weighted sum of values along in the same way.
 #
 # So three things are carried. We call them as the package's kernels do:
 
@@ -251,8 +254,7 @@ torch.testing.assert_close(seen[-1].mean / seen[-1].total, first_way[0])
 # Left, block 1 brings a larger score than block 4 had. In the middle, the old sum was therefore multiplied by the
 # factor that is written above the bar, before the new exponentials were added. Block 3 brings no new maximum: the
 # factor is 1. Right is what the output *would be* if the text ended here: at every moment a proper mean over the keys
-# read so
-#    far.
+# read so far.
 #
 # What does a query have to hold meanwhile? The textbook holds a score for each key. The online softmax holds $2 + d$
 # numbers, and the scores of one block, however long the text is:
@@ -323,8 +325,8 @@ print("adding a block is merging with it")
 # %% [markdown]
 # So the work over the keys of one query can be divided as one likes, among as many workers as there are, and the
 # results merged in any order. For a decode on a large machine this is decisive: there is one query, and perhaps a
-# hundred thousand keys. Dao et al. 2023 ("Flash-Decoding for long-context inference") divide them among the processors
-# of a graphics card, which is called **split-KV**. We shall meet it twice below.
+# hundred thousand keys. Dao et al. (2023) divide them among the processors of a GPU, which is called **split-KV**. We
+# shall meet it twice below.
 #
 # ## 4 · The third way: a batch at once, gathered
 #
@@ -447,7 +449,7 @@ print(f"copied: {copied / 1e6:5.2f} MB, {copied / needed:.1f} times as much")
 #
 # ## 5 · The fourth way: compiled for the CPU
 #
-# Numba (Lam, Pitrou and Seibert 2015) translates a Python function into machine code when it is first called with
+# Numba (Lam et al. 2015) translates a Python function into machine code when it is first called with
 # arguments of some types. Loops over single numbers, which Python would interpret one operation at a time, become
 # machine loops. `minillm/kernels/cpu/paged_attention.py` is written like that. This is its product of one query with
 # the keys of a block:
@@ -510,8 +512,8 @@ plt.show()
 
 # %% [markdown]
 # Below is what the kernel does. All blocks of all sequences are laid end to end and cut into equal parts, wherever the
-# cut falls. (The idea is "Stream-K", Osama et al. 2023, who divide matrix products like this.) Where a cut goes through
-# a sequence, two threads have a part of it, and each leaves a `Partial`. At the end these are merged, as in section 3.
+# cut falls. (Osama et al. 2023 divide matrix products like this.) Where a cut goes through a sequence, two threads have
+# a part of it, and each leaves a `Partial`. At the end these are merged, as in section 3.
 #
 # In numbers, for the longest-working thread:
 
@@ -536,17 +538,18 @@ print("thread 0 has (sequence, from block, to block):", [tuple(share) for share 
 show_part(cpu._attend_part, "at, stop =", "begin, end =")
 
 # %% [markdown]
-# (`window` belongs to models whose tokens look back only so far. Blocks before it are not read at all. When a sequence
-# brings many queries at once, from 16 on, the kernel leaves it to the reference: matrix products of that size are done
-# best by PyTorch's own libraries.)
+# (`window` belongs to models whose tokens look back only so far. Blocks before it are not read at all. Blocks that all
+# sequences begin with are read once for all, see notebook 12, section 5. When a sequence brings many queries at once,
+# from 16 on, the kernel leaves it to the reference: matrix products of that size are done best by PyTorch's own
+# libraries.)
 #
 # ## 6 · The fifth way: a kernel for the GPU
 #
-# A graphics card has on the order of a hundred multiprocessors (an H100 SXM has 132, says NVIDIA's whitepaper on its
+# A GPU has on the order of a hundred multiprocessors (an H100 SXM has 132, says NVIDIA's whitepaper on its
 # architecture), and each works on several things at once. One does not write loops over the work for such a machine.
 # One writes what is to be done for *one piece*, and says how many pieces there are.
 #
-# In **Triton** (Tillet, Kung and Cox 2019) such a piece is a **program**. All programs run the same function. Each asks
+# In **Triton** (Tillet et al. 2019) such a piece is a **program**. All programs run the same function. Each asks
 # for its number, `tl.program_id`, and works out from it what is its own. The numbers form a **grid** of up to three
 # axes. Which programs run at the same time, and in which order, is not known, so none may wait for another. (CUDA calls
 # a program a thread block. How such a program becomes instructions is the subject of notebook 10.)
@@ -606,8 +609,7 @@ print("equal to the compiled one, on the small case and on eight sequences")
 
 # %% [markdown]
 # How much of a program's tile was used in the small case? One query of two heads is 2 rows, and `tl.dot` wants at least
-# 16 rows and 16 channels. The rest is computed and thrown away. For decode this costs little: while keys and values are
-# on their way, the arithmetic units have nothing better to do (notebook 06: below the ridge).
+# 16 rows and 16 channels. The rest is computed and thrown away. Notebook 10 (section 4) counts what that costs.
 
 # %%
 tile = gpu.tile_of(torch.float32, head_dim=4, group=2, max_query_len=1)
@@ -676,15 +678,16 @@ print("reference, Numba and Triton agree on prompts and decodes in one batch")
 # %% [markdown]
 # ### Splits
 #
-# Three decodes with one key/value head are three programs, for 132 multiprocessors. This is where split-KV comes in: if
-# there are too few programs, each sequence's keys are divided among several, which leave their `Partial`s, and a second
-# kernel merges them.
+# Three decodes with one key/value head are three programs, for 132 multiprocessors. Here is the second place of
+# split-KV: if there are too few programs, each sequence's keys are divided among several, which leave their `Partial`s,
+# and a second kernel merges them.
 
 # %%
 show_source(gpu.num_splits)
 
 # %% [markdown]
-# It asks for four programs for each multiprocessor, but not for splits of less than 256 keys. Here for a machine of 4
+# It asks for four programs for each multiprocessor: several fit on one at a time, and the last ones even out the load.
+# But it gives nobody fewer than 256 keys, since a program and the merging cost something too. Here for a machine of 4
 # multiprocessors, which is what the kernel assumes in the interpreter:
 
 # %%
@@ -700,11 +703,11 @@ torch.testing.assert_close(split, reference.paged_attention(*decodes, max_query_
 #
 # With a running kernel, move the controls. Predict before you move:
 #
-# 1. *three decodes*: raise the KV heads from 1 to 3. How many programs are there? How many of them read block 0?
-# 2. *three decodes*, one KV head: move the query heads per KV head from 1 to 8. What changes, and why?
+# 1. *three decodes*: raise the key/value heads from 1 to 3. How many programs are there? How many of them read block 0?
+# 2. *three decodes*, one key/value head: move the query heads for each from 1 to 8. What changes, and why?
 # 3. *one long decode*: it has 1,000 tokens, in 4 splits. Will 8 multiprocessors make more of them?
 # 4. *three decodes* with a sliding window of 32 tokens: how many of sequence 0's 19 blocks are still read?
-# 5. *a whole prompt*: move the query heads per KV head from 2 to 8. What happens to the number of programs?
+# 5. *a whole prompt*: move the query heads per key/value head from 2 to 8. What happens to the number of programs?
 
 # %% tags=["nbval-ignore-output"]
 explore_programs()
@@ -811,7 +814,7 @@ assert kept < 16e6
 #
 # The engine knows nothing of all this. The paged store of notebook 08 hands every layer's keys, values and queries to
 # its **backend**, functions with the signatures of `reference.write_kv` and `reference.paged_attention`. A backend may
-# also split attention in two: what all layers of a step have in common, as where the work is cut, is planned once:
+# also split attention in two: what all layers of a step have in common (where the work is cut) is planned once:
 
 # %%
 show_part(PagedKVCache.attend, "batch =", "return self._attend")
@@ -855,14 +858,27 @@ print(prompts[0] + answers["auto"][0].text)
 # | textbook | one by one | all scores | nobody |
 # | block by block | each block once a head | $2 + d$ numbers, a block's scores | nobody |
 # | gathered | once, then a padded copy | all scores | whatever PyTorch does |
-# | Numba | each block once a KV head | $2 + d$ numbers, a block's scores | threads, with equally many blocks |
-# | Triton | once a program | $2 + d$ numbers, a tile's scores | programs: query tiles × KV heads × splits |
+# | Numba | each block once a key/value head | $2 + d$ numbers, a block's scores | threads, with equally many blocks |
+# | Triton | once a program | $2 + d$ numbers, a tile's scores | programs: query tiles × key/value heads × splits |
 #
 # - To find a key, ask the table. All else is the order of the work.
 # - The online softmax carries a maximum, a sum and an undivided mean; a new maximum shrinks the other two.
 # - Partial results merge in any order, so that the keys of one query can be divided among many workers.
 # - Gathering is right and simple. It copies everything for each token, padded to the longest.
 # - An interpreter can show that a kernel computes the right thing, never that it is fast.
+#
+# ## Sources
+#
+# - Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP.
+# - Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867.
+# - Dao, Fu, Ermon, Rudra and Ré 2022, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
+#   NeurIPS.
+# - Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding for long-context inference", blog of PyTorch.
+# - Lam, Pitrou and Seibert 2015, "Numba: a LLVM-based Python JIT compiler", LLVM-HPC.
+# - Osama, Merrill, Cecka, Garland and Owens 2023, "Stream-K: Work-Centric Parallel Decomposition for Dense
+#   Matrix-Matrix Multiplication on the GPU", PPoPP.
+# - Tillet, Kung and Cox 2019, "Triton: an intermediate language and compiler for tiled neural network computations",
+#   MAPL.
 #
 # ## Exercises
 #
@@ -904,7 +920,7 @@ if merge_all(*stacked) is not None:
 
 # %%
 def with_window(query, k_cache, v_cache, blocks, length, window):
-    """Output of one query (scaled already) on KV head 0: [head_dim]."""
+    """Output of one query (scaled already) on key/value head 0: [head_dim]."""
     return None
 
 
@@ -943,7 +959,7 @@ if launched is not None and without_splits is not None:
     tables = torch.arange(2048)[None]  # blocks of 16
     shape = {"block_size": 16, "kv_heads": 8, "group": 4, "head_dim": 128, "dtype": torch.bfloat16}
     grid = program_grid(tables, torch.tensor([0, 1]), torch.tensor([32_768]), **shape, processors=132)
-    assert without_splits == sum(program.split == 0 for program in grid), "query tiles × KV heads"
+    assert without_splits == sum(program.split == 0 for program in grid), "query tiles × key/value heads"
     assert launched == len(grid), "4 · 132 wanted, at most MAX_SPLITS = 64 splits"
     print("right")
 
@@ -955,9 +971,9 @@ if launched is not None and without_splits is not None:
 #
 # </details>
 #
-# **4.** A server decodes 63 chats of 100 tokens and one document of 4,000, in the shapes of SmolLM2 (3 KV heads of 64
-# channels), bfloat16, blocks of 16. How many bytes of keys and values must a layer's attention read, and how many does
-# the gather's rectangle have?
+# **4.** A server decodes 63 chats of 100 tokens and one document of 4,000, in the shapes of SmolLM2 (3 key/value heads
+# of 64 channels), bfloat16, blocks of 16. How many bytes of keys and values must a layer's attention read, and how many
+# does the gather's rectangle have?
 
 # %%
 must_read, rectangle = None, None
@@ -1017,5 +1033,5 @@ if add_scores(nothing(4), hidden, v[:4, 0]) is not None:
 # </details>
 #
 # ---
-# **Next:** `10_triton_kernels`: how a Triton kernel is written, from adding two vectors on, how it is checked without a
-# GPU, and the other kernels of the engine.
+# **Back:** [08_paged_blocks](08_paged_blocks.ipynb) · **Next:** [10_triton_kernels](10_triton_kernels.ipynb): how a
+# Triton kernel is written, from adding two vectors on, and how one tells without a GPU what it will do.

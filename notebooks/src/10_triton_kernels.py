@@ -15,20 +15,22 @@
 # - read registers, shared memory and instructions of the compiled code, and compute how many programs fit;
 # - tell when asking for kernels takes longer than running them, and what a CUDA graph does about it.
 #
-# **You need** notebooks 06 (the roofline), 08 (blocks) and 09 (paged attention), and Linux, since Triton runs there. No
-# GPU; if there is one, a cell near the end measures on it. **Time**: about 90 minutes.
+# **You need** notebooks [06](06_kv_cache.ipynb) (the roofline) and [09](09_paged_attention.ipynb) (paged attention; its
+# section 6 is a first look at Triton and its interpreter), and Linux, since Triton runs there. No GPU; if there is one,
+# a cell in section 8 measures on it.
 #
-# Kernels here are written in **Triton** (Tillet et al. 2019, "Triton: an intermediate language and compiler for tiled
-# neural network computations"), a language inside Python. Without a GPU its **interpreter** can run them: slowly, on
-# the CPU, tile by tile, with PyTorch's tensors as memory. The switch is an environment variable, and Triton looks at
-# it when a kernel is *defined*. So it must be set before any kernel is imported:
+# **New here**: notebook 09 read a finished kernel and asked what it computes. Now you write kernels yourself, and ask
+# what they cost: bytes fetched, registers, programs, launches.
+#
+# **Time**: about 90 minutes (it runs in about 20 s on two cores).
+#
+# Triton's interpreter is switched on by an environment variable, before any kernel is imported:
 
 # %%
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import inspect
 import subprocess
 import sys
 from collections import Counter
@@ -38,7 +40,6 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from IPython.display import Markdown
 
 import minillm
 from minillm.cache import reference
@@ -105,17 +106,16 @@ print(f"which is {each / 16:,.0f} threads that wait for 16 bytes each")
 assert each / 16 < h100.warps * 32
 
 # %% [markdown]
-# A kernel that reads at full speed needs more than a thousand threads a multiprocessor that wait for memory, or fewer
-# that have asked for more at a time. We come back to that in section 7.
+# To read at full speed, a multiprocessor needs more than a thousand threads that wait for memory, or fewer that have
+# asked for more at a time. We come back to that in section 7.
 #
 # ## 2 · The simplest kernel
 #
-# A Triton kernel is not written for a thread. It is written for a **program**: a piece of code that works on a whole
-# *tile* of numbers at once, some hundreds or thousands. The compiler shares the tile out among the threads of the
-# program's warps (four, unless told otherwise). Many programs run, all with the same code. The only thing that
-# differs is `tl.program_id`.
+# A Triton kernel is not written for a thread. It is written for a **program**, which works on a whole *tile* of numbers
+# at once, some hundreds or thousands. The compiler shares the tile out among the threads of the program's warps (four,
+# unless told otherwise).
 #
-# We add two vectors. Each program takes `numbers` places, and its id says which.
+# We add two vectors. Each program takes `numbers` places, and its `tl.program_id` says which.
 
 
 # %%
@@ -130,8 +130,8 @@ def add_carelessly(x, y, out, numbers: tl.constexpr):
 # `x` is the address of the first number, so `x + at` is a tile of addresses. `tl.load` fetches what lies there.
 # `tl.constexpr` marks what is known when the kernel is compiled: tiles must have a fixed size, and a power of two.
 #
-# To run it, one says how many programs there shall be (the **grid**) and gives the arguments. 16 numbers and programs
-# of 8 make two programs:
+# To run it, one says how many programs there shall be (the grid, in square brackets) and gives the arguments. 16
+# numbers and programs of 8 make two programs:
 
 # %%
 x, y = torch.arange(16.0), torch.full((16,), 100.0)
@@ -352,26 +352,16 @@ assert used_share(channels_first[2, :, :, 7].flatten().tolist(), 2) < 0.1
 #
 # ## 4 · Tiles and the tensor cores
 #
-# Now attention. A program has some queries of one sequence and one key/value head. It walks over the keys in tiles:
-# load keys, multiply, load values, multiply, and keep three things between tiles, by the online softmax of notebook 09.
-# The products are `tl.dot`, and `tl.dot` is the tensor cores. This is the heart of the kernel:
-
-# %%
-source = inspect.getsource(paged_attention._attend.fn)
-loop = source[source.index("    # Tiles of keys that every") : source.index("    if SPLIT:\n        # [token")]
-Markdown(f"From `minillm/kernels/gpu/paged_attention.py`:\n```python\n{loop}```")
-
-# %% [markdown]
-# Compare it with the first kernel of section 2. `place` is a tile of addresses again, with one row for each key, found
-# through the block table. `kept` is the mask for the ragged end: a sequence does not end with a tile, and a head's
-# channels need not be a power of two. `static_range` writes the loop out twice: a prompt's tiles of queries see most
-# tiles of keys whole, and the first copy of the loop has no masks (`docs/benchmarks.md` says what that is worth).
+# Now attention. Section 6 of [notebook 09](09_paged_attention.ipynb) has read the loop of `_attend`: a program has some
+# queries of one sequence and one key/value head, and walks over the keys in tiles. Its addresses and masks are those of
+# section 2, with one row for each key. Its two products are `tl.dot`, and `tl.dot` is the tensor cores. They multiply
+# matrices, and want at least 16 rows.
 #
 # ### Why heads are packed
 #
-# Tensor cores multiply matrices, and `tl.dot` wants at least 16 rows. In decode there is *one* query a sequence. But
-# all the query heads of a group meet the same keys (notebook 03). So the kernel makes them rows of one tile. That is
-# worth doing twice over: the keys are read once for the whole group, and more of the tile's rows are used.
+# In decode there is *one* query a sequence. But all the query heads of a group meet the same keys (notebook 03). So the
+# kernel makes them rows of one tile. That is worth doing twice over: the keys are read once for the whole group, and
+# more of the tile's rows are used.
 
 # %%
 groups = {"Llama-2-7B": 1, "SmolLM2-135M": 3, "Llama-3-8B": 4, "GLM-4-9B": 16}
@@ -397,7 +387,7 @@ assert arithmetic_time < 0.1 * memory_time
 
 # %% [markdown]
 # Padding wastes what there is too much of anyway. The zeros make the arithmetic intensity 16 FLOPs a byte where the
-# useful one is 4; both are far to the left of the ridge at 295.
+# useful one is 4; both are far to the left of the ridge (section 6 draws it).
 #
 # For prompts it is the other way round. A prompt has many queries, the tile is filled with queries × group rows, and
 # keys that were read are used by all of them. `tile_of` chooses:
@@ -412,12 +402,13 @@ for what, length in (("decode", 1), ("a prompt", 500)):
 
 # %% [markdown]
 # (In decode only one of the four places for queries is used, since the next query belongs to another sequence.) Which
-# numbers are best is not something one can compute. They were tried on an H100; section 8 has the result.
+# numbers are best is not something one can compute. They were tried on an H100.
 #
-# ## 5 · Why split-KV
+# ## 5 · What split-KV is worth
 #
 # One program works on one multiprocessor. In decode there is one program for each sequence and key/value head. So one
-# sequence of Llama-3-8B, with 8 key/value heads, makes 8 programs in each layer, for a chip of 132 multiprocessors:
+# sequence of Llama-3-8B, with 8 key/value heads, makes 8 programs in each layer. (The numbers in the boxes say how many
+# programs a multiprocessor is given.)
 
 # %%
 title = f"One sequence leaves {h100.processors - 8} multiprocessors without work"
@@ -425,18 +416,11 @@ plot_busy({"one sequence": 8, "16 sequences": 128, "64 sequences": 512}, h100, t
 plt.show()
 
 # %% [markdown]
-# A long conversation with a single user is the slowest case: each of the 8 programs walks alone over all keys, and
-# 124 multiprocessors have nothing to do. One multiprocessor cannot read at the speed of the whole memory.
+# A long conversation with a single user is the slowest case: each of the 8 programs walks alone over all keys, and the
+# other multiprocessors have nothing to do. One multiprocessor cannot read at the speed of the whole memory.
 #
-# The mend is to **split** the keys among several programs (Dao et al. 2023, "Flash-Decoding for long-context
-# inference"). Each walks over its part only. Into how many parts?
-
-# %%
-show_source(paged_attention.num_splits)
-
-# %% [markdown]
-# It aims at four programs a multiprocessor: several fit at a time, and with more programs than places the last ones
-# even out the load. But it gives nobody fewer than 256 keys, since a program and the merging cost something too.
+# So the kernel splits the keys ([notebook 09](09_paged_attention.ipynb), section 6, "Splits"). What does `num_splits`
+# make of an H100?
 
 # %%
 batches = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -454,39 +438,14 @@ assert split[-1] == 1
 assert min(curves["split"]) >= 3 * h100.processors
 labels = {"xlabel": "sequences (32,768 keys each, 8 key/value heads)", "ylabel": "programs"}
 title = "With split keys there is work for all at every batch size"
-plot_lines(batches, curves, **labels, scale="log", levels={"132": h100.processors}, title=title)
+plot_lines(batches, curves, **labels, scale="log", levels={"multiprocessors": h100.processors}, title=title)
 plt.show()
 
 # %% [markdown]
 # ### Putting the parts together
 #
-# A softmax over all keys cannot be computed from softmaxes over parts. But from three things it can, and they are the
-# three that the online softmax keeps anyway: the part's **largest** score $m$, its **sum** of weights
-# $s = \sum e^{x - m}$, and its weighted sum of values $o = \sum e^{x - m} v$. (The kernel calls $o$ `mean`, which it
-# becomes when it is divided by $s$.) With $M = \max_j m_j$:
-#
-# $$\text{result} = \frac{\sum_j e^{m_j - M}\, o_j}{\sum_j e^{m_j - M}\, s_j}$$
-
-
-# %%
-def part(scores, values):
-    """What a split leaves: its largest score, its sum, its weighted sum of values."""
-    weights = torch.exp(scores - scores.max())
-    return scores.max(), weights.sum(), weights @ values
-
-
-# %%
-scores, values = 3 * torch.randn(1000), torch.randn(1000, 64)
-parts = [part(*both) for both in zip(scores.split(300), values.split(300), strict=True)]  # 300, 300, 300, 100 keys
-largest, sums, outs = (torch.stack(column) for column in zip(*parts, strict=True))
-weight = torch.exp(largest - largest.max())
-merged = (weight[:, None] * outs).sum(0) / (weight * sums).sum()
-assert torch.allclose(merged, scores.softmax(0) @ values, atol=1e-5)
-print(f"{len(parts)} parts, put together: the same as one softmax over {len(scores):,} keys")
-
-# %% [markdown]
-# The package's second kernel does this for each token and head. (`tl.exp2` instead of `exp`: the hardware has a power
-# of two, so the scores are multiplied by $\log_2 e$ beforehand.)
+# Each split leaves its largest score, its sum and its undivided mean. A second kernel merges them for each token and
+# head, which is `merge_all` of notebook 09 (exercise 1), with $2^x$ in place of $e^x$:
 
 # %%
 show_source(paged_attention._merge.fn)
@@ -511,8 +470,7 @@ print(f"{2 * splits} programs in {splits} splits: the same as the reference")
 # %% [markdown]
 # ### Try it
 #
-# One program a sequence and head (left), and as `num_splits` decides (right). The numbers say how many programs a
-# multiprocessor gets.
+# One program a sequence and head (left), and as `num_splits` decides (right).
 
 # %%
 plot_splits(kv_heads=8, batch=1, keys=8192)
@@ -704,8 +662,8 @@ print("loads of 16 bytes and tensor cores everywhere, wgmma in the H100's prompt
 # ## 8 · Measured
 #
 # What cannot be counted must be measured. `minillm.bench.gpu_attention` times decode attention on a GPU: many sizes,
-# blocks in random order, and enough data that nothing is left in the level-2 cache. It compares with a plain copy on
-# the same card, since that is what the memory does at best in practice. The package ships one such table.
+# blocks in random order, and from 8 MiB on enough data that nothing is left in the level-2 cache. It compares with a
+# plain copy on the same card, since that is what the memory does at best in practice. The package ships one such table.
 
 # %%
 measured = load_gpu_attention()
@@ -729,28 +687,8 @@ assert max(row.share_of_copy for row in small) < max(row.share_of_copy for row i
 # On the left are sizes where there is little to read: starting a kernel and merging take a few microseconds, whatever
 # there is to do, and next to them the reading does not count. On the right the reading is nearly everything.
 #
-# ### What the choice of tiles does
-#
 # How many keys a tile has, on how many warps it runs and how many tiles are fetched ahead decides how much is on the
-# way. This is what a search over tiles on an H100 gave (bfloat16, shares of what a copy moves on that card):
-
-# %%
-tuning = {
-    "32/8 heads of 128,\n64 sequences of 8,192": (0.97, 0.99),
-    "9/3 heads of 64": (0.67, 0.85),
-    "one sequence of 65,536": (0.77, 0.90),
-}
-labels = {"xlabel": "bytes a second, of a copy's", "number_format": ".0%"}
-title = "Large batches were near the limit at once; the others needed better tiles"
-plot_pairs(tuning, ("64 keys, 3 stages", "best tile found"), **labels, title=title)
-plt.show()
-
-# %% [markdown]
-# - For large batches of heads of 128, 64 keys in 3 stages were nearly as good as it gets. 128 keys in 2 stages are what
-#   `tile_of` now takes for decode.
-# - With that, heads of 64 went from 67 % to 85 to 90 %, depending on the size; the bar shows the lower end.
-# - For one long sequence the best tile that was found (64 keys, 2 warps, 2 stages) is another one. `tile_of` does not
-#   look at the batch, so it does not take it.
+# way. [docs/benchmarks.md](../docs/benchmarks.md) has all sizes, and what other numbers of splits gave.
 #
 # If this machine has a GPU, the next cell measures it, in a process without the interpreter.
 
@@ -769,7 +707,7 @@ if torch.cuda.is_available():
     done = subprocess.run([sys.executable, "-c", LIVE], env=environment, capture_output=True, text=True, check=True)
     print(done.stdout)
 else:
-    print("no GPU here: see the table above")
+    print("no GPU here: see the figure above")
 
 # %% [markdown]
 # ## 9 · What asking costs: CUDA graphs
@@ -811,7 +749,7 @@ print(f"{plain.heard.total()} operations for one token of tiny, {model.config.nu
 print(dict(plain.heard.most_common(6)))
 
 # %% [markdown]
-# Most of these are tiny pieces: a norm is six of them, and turning the queries and keys of a layer is fourteen. The
+# Most of these are small pieces: a norm is six of them, and turning the queries and keys of a layer is fourteen. The
 # rest are matrix products, the gate, and what goes around them. The count agrees:
 
 # %%
@@ -876,7 +814,7 @@ assert times["Llama-3-8B"][0] < times["Llama-3-8B"][1]
 # %% [markdown]
 # For a large model the CPU runs ahead and asking is hidden behind the work. A small model waits for its launches.
 #
-# A **CUDA graph** is the mend: the launches of a step are recorded once, with all their arguments, and then replayed
+# A **CUDA graph** is the remedy: the launches of a step are recorded once, with all their arguments, and then replayed
 # with a single launch. That works because a decode step runs the same kernels every time. The conditions are strict:
 #
 # - the grid and all addresses are part of the recording. So inputs are written into tensors that stay where they are;
@@ -990,22 +928,23 @@ if (memory != 7).any():
 #
 # </details>
 #
-# **3.** Two sequences of 32,768 tokens, 8 key/value heads, an H100. Into how many parts does the package split each
-# sequence's keys, and how many programs is that?
+# **3.** A step that is replayed computes some rows for nothing. For which batch up to 64 is their *share* of all rows
+# largest with the ladder of section 9, and how large is it?
 
 # %%
-parts_each, all_programs = None, None
+worst_batch, worst_share = None, None
 
-if parts_each is not None and all_programs is not None:
-    assert parts_each == paged_attention.num_splits(2 * 8, 32_768, 132), "4 programs for each of 132 multiprocessors"
-    assert all_programs == 2 * 8 * parts_each
+if worst_batch is not None and worst_share is not None:
+    shares = [1 - batch / size for batch, size in zip(range(1, 65), taken, strict=True)]
+    assert worst_batch == 1 + shares.index(max(shares)), "just above which step of the ladder?"
+    assert abs(worst_share - max(shares)) < 1e-3
     print("right")
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
-# `parts_each, all_programs = 33, 528`: 16 programs without splitting, ⌈528 / 16⌉ = 33 parts. At least 256 keys for each
-# would allow 128 parts, so that is no limit here, and neither is the largest number of 64.
+# `worst_batch, worst_share = 9, 7 / 16`. Nine sequences take the graph for 16, so 7 of its 16 rows are for nothing. For
+# more sequences the ladder goes up in eights, and 7 rows are a smaller and smaller share.
 #
 # </details>
 #
@@ -1031,35 +970,35 @@ if fitting is not None and few_enough is not None:
 #
 # </details>
 #
-# **5.** Write `merge_two`: put two splits' results together so that what comes out is again such a triple. (With it,
-# any number of splits can be merged, in any order.)
+# **5.** How many weights (in bfloat16) must a model of `num_layers` layers have in its matrices, so that reading them
+# takes as long as asking for every kernel of a step? Use `launches`, `launch` and `h100.bandwidth`.
 
 
 # %%
-def merge_two(one, other):
-    """(largest, sum, weighted sum) of both parts' keys together."""
+def break_even(num_layers):
+    """Weights for which the GPU reads as long as the CPU asks."""
     return None
 
 
-together = merge_two(part(scores[:300], values[:300]), part(scores[300:], values[300:]))
-if together is not None:
-    for ours, whole in zip(together, part(scores, values), strict=True):
-        assert torch.allclose(ours, whole, rtol=1e-4, atol=1e-3), "scale both parts to the common largest score"
-    print("right")
+if break_even(30) is not None:
+    assert abs(2 * break_even(30) / h100.bandwidth - launch * launches(30)) < 1e-9, "2 bytes for each weight"
+    for name in ("SmolLM2-135M", "Llama-3-8B"):
+        one = published_model(name)
+        waits = matrix_weights(one) < break_even(one.config.num_layers)
+        assert waits == (name == "SmolLM2-135M"), "the figure of section 9 says who waits for the CPU"
+    print(f"right: {break_even(32) / 1e9:.1f} billion for 32 layers")
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def merge_two(one, other):
-#     best = torch.maximum(one[0], other[0])
-#     a, b = torch.exp(one[0] - best), torch.exp(other[0] - best)
-#     return best, a * one[1] + b * other[1], a * one[2] + b * other[2]
+# def break_even(num_layers):
+#     return launch * launches(num_layers) * h100.bandwidth / 2
 # ```
-# The loop over tiles in the kernel does just this: what it has so far is one part, the next tile is the other.
+# Only the number of launches counts, not the width of the layers: a deep and narrow model waits for its launches.
 #
 # </details>
 #
 # ---
-# **Next:** `11_continuous_batching`: who is in the batch, and when. Requests come and go between two steps, and the
-# kernels of this notebook and the last take whatever mixture there is.
+# **Back:** [09_paged_attention](09_paged_attention.ipynb) · **Next:**
+# [11_continuous_batching](11_continuous_batching.ipynb): who is in the batch, and when.

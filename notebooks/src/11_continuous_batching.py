@@ -14,8 +14,13 @@
 # - explain what happens when memory runs out, why it costs only time, and why it always ends;
 # - look at what your own engine did, in a timeline.
 #
-# **You need** notebooks 06 (the key/value cache) and 08 (blocks); 09 (paged attention) says what a kernel does with
-# the batch that is made here. No GPU. **Time**: about 75 minutes.
+# **You need** notebooks [06](06_kv_cache.ipynb) (the KV cache) and [08](08_paged_blocks.ipynb) (blocks);
+# [09](09_paged_attention.ipynb) says what a kernel does with the batch that is made here. No GPU.
+#
+# **New here**: notebooks 08 to 10 took the batch as given. Now requests come and go, and somebody decides at every step
+# which of their tokens are computed.
+#
+# **Time**: about 75 minutes (it runs in about 25 s on two cores).
 
 # %%
 import json
@@ -60,7 +65,7 @@ from minillm.viz import (
 # have removed most of the waste there.
 #
 # So a server wants a full batch, always. That would be easy if all answers were equally long. Here are the first 32
-# requests of a real conversation service (Azure's trace of 2023, published with Patel et al. 2024, "Splitwise"):
+# requests of a real conversation service (Azure's trace of 2023, published with Patel et al. 2024):
 
 # %%
 traffic = load_trace(limit=32)
@@ -94,8 +99,8 @@ assert num_steps(static) == sum(max(batch) for batch in batches)
 print(f"{idle:,} idle row-steps, {sum(outputs):,} useful ones, {num_steps(static)} steps")
 
 # %% [markdown]
-# Two harms are done. Seats idle; and a request that comes while a batch runs waits for its end, even where a seat has
-# been idle for long. Yu et al. (2022, "Orca", §3) name both: *early-finished* and *late-joining* requests.
+# This does harm twice. Seats idle; and a request that comes while a batch runs waits for its end, even where a seat has
+# been idle for long. Yu et al. (2022, §3) name both: *early-finished* and *late-joining* requests.
 #
 # ## 3 · A new decision at every step
 #
@@ -115,8 +120,8 @@ assert num_steps(continuous) < 0.7 * num_steps(static)
 #
 # ### No prefill and no decode
 #
-# A picture is easily drawn. For a program, there is a difficulty: a request that joins has a whole prompt to compute,
-# while the others need one token each. The scheduler gets rid of this difference by one number. Every request has
+# The picture leaves out a difficulty: a request that joins has a whole prompt to compute, while the others need one
+# token each. The scheduler gets rid of this difference with two numbers. Every request has
 #
 # - `num_tokens`: its prompt and what has been written so far,
 # - `num_computed_tokens`: those whose keys and values are stored.
@@ -251,10 +256,9 @@ print("the same tokens: together, in static batches, alone")
 # ## 4 · A mixed step, as the model gets it
 #
 # A prompt of 14 tokens and two single tokens in one pass: how does one put that into a tensor? A padded batch, as in
-# notebook 06, would be a rectangle as wide as its widest row. Orca found that most of the model does not need one.
-# Norms, projections and the feed-forward network work on each token alone and do not ask whose it is; only attention
-# must know (Yu et al. 2022 call this *selective batching*). So the engine puts all tokens of a step into **one flat
-# row**.
+# notebook 06, would be a rectangle as wide as its widest row. Most of the model does not need one. Norms, projections
+# and the feed-forward network work on each token alone and do not ask whose it is; only attention must know (Yu et al.
+# 2022 call this *selective batching*). So the engine puts all tokens of a step into **one flat row**.
 #
 # `LLM` steps the engine in a loop. We step it by hand: two short requests first, and a longer one when they are
 # writing. Blocks have 4 tokens, so that there are some to see.
@@ -360,8 +364,8 @@ plt.show()
 
 # %% [markdown]
 # The horizontal axis is time now. The step with 2,000 tokens gives each of the others its next token, too, but it gives
-# it late. Agrawal et al. (2024, "Sarathi-Serve") call this a *generation stall*. Their mend (§4) is to compute a prompt
-# in **chunks**, with as many tokens a step as the budget leaves beside the decodes:
+# it late. Agrawal et al. (2024) call this a *generation stall*. Their remedy (§4) is to compute a prompt in **chunks**,
+# with as many tokens a step as the budget leaves beside the decodes:
 
 # %%
 chunked = simulate([*readers, newcomer], max_num_batched_tokens=256, **memory)
@@ -430,7 +434,7 @@ assert firsts[budgets.index(512)] < 1.5 * firsts[-1]
 # A small budget makes many steps, and each pays the fixed part for reading the weights: that is why the newcomer's
 # curve rises steeply on the left. On the right it is flat, since there the arithmetic of 8,000 tokens is what takes the
 # time, and it does not matter how it is cut. In between lies a broad region in which both are good. Where it is depends
-# on the machine. Sarathi-Serve chooses the budget from measurements, for a given limit on the time between tokens.
+# on the machine. Agrawal et al. choose the budget from measurements, for a given limit on the time between tokens.
 #
 # (Chunks do cost something more: each chunk reads the keys and values of all chunks before it. In the cost model this
 # is the last term, and it is small.)
@@ -504,8 +508,8 @@ print(f"{needed} tokens are needed, {computed_again(tight.trace)} were computed 
 # %% [markdown]
 # ### Much of it may still be there
 #
-# A block that is given back is not wiped. It keeps its content until it is given out again, and with prefix caching on
-# (the default) full blocks can be found by what they hold. A preempted request that comes back soon finds its own:
+# A free block keeps its content until it is given out again ([notebook 08](08_paged_blocks.ipynb), section 7). With
+# prefix caching on (the default) a preempted request that comes back soon finds its own blocks:
 
 # %%
 finding = engine(**sizes, num_gpu_blocks_override=14)
@@ -521,16 +525,15 @@ assert sum(one.metrics.num_preemptions for one in found) == sum(one.metrics.num_
 assert again < computed_again(tight.trace) / 2
 
 # %% [markdown]
-# This was a lucky case: nobody else needed those blocks in between. The pool gives out blocks in the order in which
-# they became free, and a table gives its tail back first, so a request's beginning survives longest.
+# This was a lucky case: nobody else needed those blocks in between.
 #
 # ### Why the youngest, and why it always ends
 #
-# Let requests have places by when they were admitted. Only the last one is ever preempted, so **the oldest never is**.
-# It gets on in every step, since a budget must be at least the number of seats and so leaves a token for everybody. Its
-# answer has a limit (`max_tokens`); so it ends and gives its blocks back. Then another one is the oldest, and so on.
-# Preempting the oldest instead would tend to throw away the most work, and two large requests could take each other's
-# blocks forever.
+# Order the running requests by when they were admitted. Only the last one is ever preempted, so **the oldest never
+# is**. It makes progress in every step, since a budget must be at least the number of seats and so leaves a token for
+# everybody. Its answer has a limit (`max_tokens`); so it ends and gives its blocks back. Then another one is the
+# oldest, and so on. Preempting the oldest instead would tend to throw away the most work, and two large requests could
+# take each other's blocks forever.
 #
 # There is one gap in this argument. The oldest must fit when it is *alone*. That can be checked when it comes, and it
 # is:
@@ -602,9 +605,9 @@ assert continuous_load[-1][1] > 1.2 * static_load[-1][1]
 
 # %% [markdown]
 # At low rates both write as many tokens as are asked for; there the difference is the wait. At high rates the server is
-# the limit, and continuous batching gets more tokens out of the same machine. Orca reports a far larger factor (36.9
-# times the throughput of FasterTransformer for GPT-3 175B at the same latency, abstract). It compares two engines, of
-# which one returns a batch's answers together; we compare one rule, and were kind.
+# the limit, and continuous batching gets more tokens out of the same machine. Yu et al. report a far larger factor
+# (36.9 times the throughput of FasterTransformer for GPT-3 175B at the same latency, abstract). They compare two
+# engines, of which one returns a batch's answers together; we compare one rule, and were kind.
 #
 # Look at the right end of the first figure, too. When more comes than can be served, the queue grows for as long as
 # that lasts, and no scheduler helps. The mean over 150 requests then says as much about the number of requests as about
@@ -705,6 +708,14 @@ assert seen[16].ref_counts[four.blocks[0]] == 2
 # - When blocks run out, the youngest gives its own back and computes again. Answers do not change; the oldest always
 #   goes on; what could never fit is refused when it comes.
 # - A trace shows who waited for whom.
+#
+# ## Sources
+#
+# - Yu, Jeong, Kim, Kim and Chun 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models",
+#   OSDI.
+# - Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP.
+# - Agrawal et al. 2024, "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", OSDI.
+# - Patel et al. 2024, "Splitwise: Efficient Generative LLM Inference Using Phase Splitting", ISCA.
 #
 # ## Exercises
 #
@@ -855,4 +866,5 @@ if enough is not None:
 # </details>
 #
 # ---
-# **Next:** `12_sharing`: requests that begin alike hold the same blocks.
+# **Back:** [10_triton_kernels](10_triton_kernels.ipynb) · **Next:** [12_sharing](12_sharing.ipynb): how much memory and
+# work is saved when sequences that begin alike hold the same blocks.

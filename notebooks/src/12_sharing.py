@@ -3,7 +3,7 @@
 #
 # Four answers to one prompt read the same prompt. The beams of a beam search have the same beginning. A thousand users
 # of one service send the same instructions before every question. In each case the same keys and values would be
-# computed and kept many times over. Blocks make it easy not to: two tables can name the same block.
+# computed and kept many times over, were it not for blocks that several tables name.
 #
 # **By the end of this notebook you will be able to**
 #
@@ -13,8 +13,13 @@
 # - say how many tokens of a prompt an engine will find in memory, and write prompts that let it find many;
 # - name the cases in which sharing does not help.
 #
-# **You need** notebooks 08 (blocks and tables) and 11 (continuous batching), and of notebook 04 what a beam is. No GPU.
-# **Time**: about 75 minutes.
+# **You need** notebooks [08](08_paged_blocks.ipynb) (forks, copy-on-write, names of blocks) and
+# [11](11_continuous_batching.ipynb) (the scheduler), and of [04](04_encoder_decoder.ipynb) what a beam is. No GPU.
+#
+# **New here**: notebook 08 built the means of sharing. Now they are used, by samples, beams and strangers, and we count
+# what they save and when they save nothing.
+#
+# **Time**: about 75 minutes (it runs in about 30 s on two cores).
 
 # %%
 import random
@@ -57,8 +62,7 @@ assert pool.block_size == size
 # %% [markdown]
 # ## 1 · Three ways to share
 #
-# Section 4.4 of the PagedAttention paper (Kwon et al. 2023) goes through the ways of generating in which sequences have
-# tokens in common:
+# Kwon et al. (2023, §4.4) go through the ways of generating in which sequences have tokens in common:
 #
 # | | what is common | who shares | drawn in the paper |
 # | --- | --- | --- | --- |
@@ -75,15 +79,9 @@ assert pool.block_size == size
 #
 # ## 2 · Parallel samples
 #
-# `SamplingParams(n=4)` asks for four answers. One request computes the prompt. Then three more tables are made that
-# name the same blocks. Nothing is copied; each block's count of holders goes up:
-
-# %%
-show_source(BlockTable.fork)
-
-# %% [markdown]
-# Let us do it by hand, without a model. A prompt of 22 tokens lies in two blocks, the second of which holds 6. Three
-# forks, and then one token for each of the four.
+# `SamplingParams(n=4)` asks for four answers. One request computes the prompt, and its table is forked three times
+# ([notebook 08](08_paged_blocks.ipynb), section 5). By hand, without a model: a prompt of 22 tokens lies in two blocks,
+# the second of which holds 6. Three forks, and then one token for each of the four.
 
 
 # %%
@@ -105,21 +103,15 @@ plot_tables(moments, size, title="Full blocks stay shared; the partly filled one
 plt.show()
 
 # %% [markdown]
-# Forking takes no memory: two blocks before, two blocks after. Then each answer wants to put *its own* token into the
-# second block, where the others would see it. So whoever writes into a block that others hold takes a copy first:
-# **copy-on-write**, as operating systems do it for the memory of forked processes (§4.4). The first three
-# answers copy block 1. The last one does not: by then nobody else holds it, and it simply goes on writing.
+# Forking takes no memory: two blocks before, two blocks after. When they write, the first three answers copy block 1
+# (copy-on-write). The last one does not: by then nobody else holds it.
 
 # %%
 assert [len(made) for made in copies] == [1, 1, 1, 0]
 assert {copy.source for made in copies for copy in made} == {1}
 assert first.pool.ref_counts[:5] == [4, 1, 1, 1, 1]
-show_source(BlockTable.append)
 
 # %% [markdown]
-# At most one block a sequence is ever copied at a fork, however long the prompt is. The full blocks before it are never
-# written again, so they can be shared for good.
-#
 # ### In the engine
 #
 # The scheduler does the same with the requests of one prompt, as soon as the prompt is computed:
@@ -549,24 +541,12 @@ assert saved_by_beams["ShareGPT", 6] > 0.663
 # - a **document**, about which several questions are asked;
 # - a **conversation**, which with every turn is sent again, whole.
 #
-# Kwon et al. let the operator of a service register such prefixes beforehand (§4.4, "Shared prefix"). One can do
-# without: the content of a full block can be *recognised*. Each full block is known by a hash of its tokens and of the
-# hash of the block before it. When a request arrives, the scheduler hashes its prompt block by block and looks each up.
-# This is **automatic prefix caching**, as vLLM has it today.
+# When a request arrives, the scheduler makes the chained hashes of its prompt's full blocks and looks each up
+# ([notebook 08](08_paged_blocks.ipynb), section 6). vLLM calls this **automatic prefix caching**. `block_chain` makes
+# the hashes of a text:
 
 # %%
 show_source(block_chain)
-
-# %% [markdown]
-# Why must the hash of the block before go in? Because keys depend on *all* tokens before. The same 16 tokens behind
-# another beginning have other keys and values, and must have another hash:
-
-# %%
-ours, theirs = text[:64], [*text[64:80], *text[16:64]]  # another first block, the rest the same
-assert ours[16:] == theirs[16:]
-assert not set(block_chain(ours, size)) & set(block_chain(theirs, size))
-assert block_chain(ours, size)[:2] == block_chain(text[:40], size)  # the same beginning, another length
-print("three equal blocks behind different ones: no hash in common")
 
 # %% [markdown]
 # ### A story and its questions
@@ -631,8 +611,8 @@ assert known.num_free == known.num_blocks  # and yet nobody holds them
 print("every block of the tree can be found, and every block of the pool is free")
 
 # %% [markdown]
-# Look at the last assertion. All requests are done, and all blocks are *free*: their content simply stays where it is
-# until somebody needs the block. What is remembered takes no room from anybody.
+# Look at the last assertion. All requests are done, and all blocks are *free*: what is remembered takes no room from
+# anybody.
 #
 # ### Tokens saved
 #
@@ -705,25 +685,13 @@ for said in ("Tell me a story about Mia and a green boat.", "What colour was the
 #
 # ### The last block
 #
-# Only full blocks are found. What stands in common behind the last full block is computed again:
+# Only full blocks are found. Common tokens behind the last full block are computed again:
 
 # %%
 first, second = (output.prompt_token_ids for output in outputs[:2])
 common = in_common(first, second)
 print(f"{common} tokens in common, {outputs[1].num_cached_tokens} found")
 assert outputs[1].num_cached_tokens == common // size * size
-
-# %% [markdown]
-# And one special case: a prompt that is found *whole*. Its keys and values are all there, but what we need is the next
-# token's logits, and these are not kept. So the last token is computed once more:
-
-# %%
-one_token = SamplingParams(temperature=0, max_tokens=1)
-whole = text[200:248]  # 48 tokens, three full blocks
-twice = [caching.generate([whole], one_token, use_tqdm=False)[0] for _ in range(2)]
-assert [one.num_cached_tokens for one in twice] == [0, 47]
-assert twice[0].outputs[0].token_ids == twice[1].outputs[0].token_ids
-print("48 tokens known, 47 taken as found")
 
 # %% [markdown]
 # ### Order matters: what changes goes last
@@ -775,8 +743,8 @@ assert all(afterwards)
 #
 # ## 5 · When it does not help, and what it costs
 #
-# **A full pool.** What is remembered lies in free blocks, and free blocks are given out, the one that has been free for
-# longest first. With a pool that has room for one story, the second story drives out much of the first:
+# **A full pool.** What is remembered lies in free blocks, and free blocks are given out. With a pool that has room for
+# one story, the second story drives out much of the first:
 
 # %%
 for num_blocks in (15, 40):
@@ -790,9 +758,7 @@ for num_blocks in (15, 40):
     assert (counts[2] > 100) == (num_blocks == 40)
 
 # %% [markdown]
-# In the small pool, not quite everything is lost: a beginning survives. A table gives its *last* blocks
-# back first (`BlockTable.truncate`), so that ends are driven out before beginnings. A beginning without its end is
-# still of use to somebody; an end without its beginning can never be found.
+# In the small pool, not quite everything is lost: a beginning survives, as in notebook 08, section 7.
 #
 # **Work.** Every full block of every request is hashed, found or not. It is not much:
 
@@ -805,9 +771,10 @@ print(f"{hashes} blocks hashed in {1000 * seconds:.1f} ms, {1e6 * seconds / hash
 
 # %% [markdown]
 # **Nothing in common.** Prompts that part within the first block share nothing, and short prompts with long answers
-# hardly profit from `n` (section 2). And decoding is no faster for it: every sequence still reads all its keys and
-# values for every token, whether others hold them too or not. (Some kernels read a shared block once for all its
-# holders, as in Juravsky et al. 2024, "Hydragen"; here, attention goes through each sequence's blocks by itself.)
+# hardly profit from `n` (section 2). And decoding need not be faster for it: with most kernels, every sequence still
+# reads all its keys and values for every token, whether others hold them too or not. (Juravsky et al. 2024, §3, read
+# common blocks once for all. The package's CPU kernel does so with the blocks that *all* sequences of a step begin
+# with, its GPU kernel does not.)
 #
 # ## 6 · All three side by side
 #
@@ -828,7 +795,7 @@ print(f"{'five questions about a story':34s} {saved_by_prefix:22.1%}   no figure
 # How to read it:
 #
 # - **Samples** depend on lengths only, and with lengths like the paper's we come near its figures, with another model
-#   on another machine. (Lengths spread log-normally, counted at the answers' ends.)
+#   on another machine.
 # - **Beams** depend on the model and on the text. The paper's OPT-13B and our `tiny` need not agree, and our lengths
 #   are the means only. The tendency is the same: more than samples, more with more beams, more with long prompts.
 # - **Shared prefixes**: the paper reports throughput, not memory: 1.67 times that of Orca (Oracle) when a one-shot
@@ -849,6 +816,13 @@ print(f"{'five questions about a story':34s} {saved_by_prefix:22.1%}   no figure
 # - A fork copies no keys and no values. A write copies one block at most.
 # - Sharing changes where keys and values lie, not what they are: the answers were the same each time we looked.
 # - Put first what stays the same.
+#
+# ## Sources
+#
+# - Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP.
+# - Patel et al. 2024, "Splitwise: Efficient Generative LLM Inference Using Phase Splitting", ISCA.
+# - Zheng et al. 2024, "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS.
+# - Juravsky et al. 2024, "Hydragen: High-Throughput LLM Inference with Shared Prefixes", arXiv:2402.05099.
 #
 # ## Exercises
 #
@@ -904,7 +878,7 @@ if blocks_of_beams(2, 16, 0, 1, 16) is not None:
 #
 # **3.** The engine finds blocks of `block_size` tokens. A prompt of `length` tokens has its first `common` tokens in
 # common with one that was computed before. How many tokens are taken as found? (Do not forget the prompt that is found
-# whole.)
+# whole: notebook 08, section 6, "On the real engine".)
 
 
 # %%
@@ -914,6 +888,7 @@ def tokens_found(common, length, block_size):
 
 
 if tokens_found(16, 40, 16) is not None:
+    one_token = SamplingParams(temperature=0, max_tokens=1)
     for common, length in ((40, 60), (32, 40), (15, 30), (48, 48), (47, 48), (64, 64)):
         caching.reset_prefix_cache()
         changed = [*text[:common], *[(token + 1) % 1000 for token in text[common:length]]]
@@ -984,4 +959,5 @@ if samples_needed is not None:
 # </details>
 #
 # ---
-# **Next:** `13_making_it_fast`: where the time of a step goes, and how to get it back.
+# **Back:** [11_continuous_batching](11_continuous_batching.ipynb) · **Next:**
+# [13_making_it_fast](13_making_it_fast.ipynb): where the time of a step goes, and how to get it back.

@@ -2,8 +2,8 @@
 # # 13 · Making it fast
 #
 # The loop of notebook 05 and the engine of notebook 12 write the same tokens with the same weights. One of them is
-# many times faster. This notebook goes the way from one to the other once more, one step at a time, and measures what
-# each step is worth, here, on your machine. And it asks at each step how much is left: a machine can read only so
+# many times faster. This notebook goes the way from one to the other once more, one stage at a time, and measures what
+# each stage is worth, here, on your machine. And it asks at each stage how much is left: a machine can read only so
 # many bytes and multiply only so many numbers a second, and nothing that we do will change that.
 #
 # **By the end of this notebook you will be able to**
@@ -14,8 +14,13 @@
 # - find out how much of an engine's step is not the model;
 # - decide what to do next, and what would be in vain.
 #
-# **You need** notebooks 06 (arithmetic intensity, the roofline), 09 (kernels) and 11 (the engine's step). No GPU.
-# **Time**: about 75 minutes.
+# **You need** notebooks [06](06_kv_cache.ipynb) (arithmetic intensity, the roofline), [09](09_paged_attention.ipynb)
+# (kernels) and [11](11_continuous_batching.ipynb) (the engine's step). No GPU.
+#
+# **New here**: weights that are laid out anew, and weights of 8 and 4 bits. All else you have built; new is that each
+# stage is measured against the machine's limit.
+#
+# **Time**: about 75 minutes (it runs in about 30 s on two cores).
 
 # %%
 import random
@@ -34,7 +39,7 @@ from minillm.bench.limits import measure_rates
 from minillm.cache.contiguous import ContiguousCache
 from minillm.models.loader import cpu_has_bfloat16, resolve_dtype
 from minillm.training.stories import tell
-from minillm.transformer import fused, linear
+from minillm.transformer import linear
 from minillm.transformer.decoder import Decoder
 from minillm.transformer.generation import generate
 from minillm.transformer.kv import NoCache, PaddedBatch
@@ -83,16 +88,16 @@ print(f"computes  {machine.flops / 1e9:6.1f} GFLOPs a second")
 print(f"ridge at  {machine.ridge:6.1f} FLOPs a byte")
 
 # %% [markdown]
-# The **ridge** (Williams, Waterman and Patterson 2009, "Roofline") divides the world. Work that does fewer FLOPs for
-# each byte waits for memory; work that does more waits for arithmetic. Where does our work stand? It depends on how
-# many sequences write together, because they share the reading of the weights:
+# Work that does fewer FLOPs for each byte than the **ridge** waits for memory; work that does more waits for arithmetic
+# (Williams et al. 2009). Where does our work stand? It depends on how many sequences write together, because they share
+# the reading of the weights:
 
 # %%
 smollm = published_model("SmolLM2-135M")
 batches = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
-def intensity(decoder, batch, dtype=torch.float32, keys=96):
+def intensity(decoder, batch, dtype=torch.float32, keys=88):
     """FLOPs a byte when so many sequences write a token each."""
     return forward_flops(decoder, 1, keys, batch) / forward_bytes(decoder, 1, keys, batch, dtype)
 
@@ -105,7 +110,7 @@ curves = {
     "SmolLM2-135M, float32": [intensity(smollm, batch) for batch in batches],
     "SmolLM2-135M, bfloat16": [intensity(smollm, batch, torch.bfloat16) for batch in batches],
 }
-labels = {"xlabel": "sequences that write together, 96 keys each", "ylabel": "FLOPs a byte", "scale": "log"}
+labels = {"xlabel": "sequences that write together, 88 keys each", "ylabel": "FLOPs a byte", "scale": "log"}
 title = "More sequences, or fewer bytes for a number: more FLOPs a byte"
 plot_lines(batches, curves, **labels, levels={"ridge": machine.ridge}, title=title)
 plt.show()
@@ -120,7 +125,7 @@ plt.show()
 # merit, as we shall see: the FLOPs are the same ones again and again.
 
 # %%
-PROMPT, NEW, MANY = 64, 64, 16
+PROMPT, NEW, MANY = 64, 48, 16
 KEYS = PROMPT + NEW // 2  # in the middle of the answer
 
 
@@ -143,7 +148,7 @@ plt.show()
 
 # %% [markdown]
 # From a place on the roof follows the least time of a token: its FLOPs divided by what the roof allows. Our workload
-# will have prompts of 64 tokens and answers of 64, so each token written also has its share of a prompt, which stands
+# will have prompts of 64 tokens and answers of 48, so each token written also has its share of a prompt, which stands
 # on the flat part. Together they make a limit in tokens a second:
 
 
@@ -164,12 +169,12 @@ assert round(4 * matrix_weights(smollm) / 1e9, 1) == 0.5
 
 # %% [markdown]
 # (One reservation. `tiny` has 11 MB of weights, which may well stay in the processor's cache between two tokens,
-# and a cache is faster than memory. The limit for one sequence is therefore none that physics guards; you may see it
-# passed. For SmolLM2, with half a gigabyte, it holds.)
+# and a cache is faster than memory. So the limit for one sequence is not a hard one here; you may see it passed. For
+# SmolLM2, with half a gigabyte, it holds.)
 #
 # ## 1 · The naive loop
 #
-# The workload: 16 beginnings of stories, 64 tokens each, and 64 tokens to write for each of them, greedily, so that
+# The workload: 16 beginnings of stories, 64 tokens each, and 48 tokens to write for each of them, greedily, so that
 # every stage has to write the same. The time of the prompts counts, too. `record` keeps the better of two runs,
 # because whatever disturbs a measurement makes it slower.
 
@@ -284,9 +289,9 @@ assert together > alone
 #
 # ## 4 · Fewer and better calls: kernels
 #
-# What does a single sequence wait for? Let us count how often one step calls PyTorch. A *dispatch mode* sees every
-# operation. Four of them we leave out: they are what PyTorch makes of handing a tensor over to Numba, and compute
-# nothing. (Numba's own functions are not PyTorch's and are not counted either. There are a handful in each layer.)
+# What does a single sequence wait for? Let us count how often one step calls PyTorch, as in notebook 10 (section 9).
+# Four operations we leave out: they are what PyTorch makes of handing a tensor over to Numba, and compute nothing.
+# (Numba's own functions are not PyTorch's and are not counted either. There are a handful in each layer.)
 
 
 # %%
@@ -325,8 +330,7 @@ print("most frequent:", ", ".join(f"{name} {count}" for name, count in before.mo
 # %% [markdown]
 # Only the matrix products read weights. All else together moves a few kilobytes, and yet each call costs its fixed
 # price of a microsecond or several. So write what lies between the products as few compiled functions. Notebook 09 has
-# built the largest of them, paged attention in Numba. First that one alone (and RMSNorm); we take away the store's
-# fused operation, of which more in a moment:
+# built the largest of them, paged attention in Numba. First that one alone (and RMSNorm), without fused operations:
 
 # %%
 numba = tiny(dtype="float32", attention_backend="numba", enforce_eager=True)
@@ -341,12 +345,8 @@ unfused = calls_of_a_step(numba)
 print(f"{unfused.total():,} calls for one token")
 
 # %% [markdown]
-# **Fusing** goes further: where one operation only writes what the next one reads, make them one. Two such pairs occur
-# in every layer. The sum of the residual stream is followed by a norm, and the rotation of a key by its way into the
-# cache. The engine therefore does not run the layers as `TransformerBlock` says it, but like this:
-
-# %%
-show_source(fused.run_layers)
+# **Fusing** goes further: where one operation only writes what the next one reads, make them one. Notebook 10 (section
+# 9) has shown the two such pairs of every layer, and `run_layers`, which the engine runs on a CPU as well. With them:
 
 # %% tags=["nbval-ignore-output"]
 kv.backend = whole_backend
@@ -357,8 +357,7 @@ print(f"{after.total():,} calls for one token, of {before.total():,}")
 assert after.total() < unfused.total() < before.total()
 
 # %% [markdown]
-# The sublayer's output waits in `out` until the next norm adds it. The weights and the numbers are the same, and so
-# are the tokens. What has gone is calls, and small tensors that were written only to be read once.
+# The tokens are the same. What has gone is calls, and small tensors that were written only to be read once.
 #
 # ## 5 · Weights in the right order
 #
@@ -385,8 +384,9 @@ print("linear layers are", *kinds)
 print("here it pays" if "PackedLinear" in kinds else "here it does not pay: weights stay as they are")
 
 # %% [markdown]
-# For a batch, the products are most of a step, and a better product is felt. For one row there is little to rearrange:
-# each weight is read, multiplied once, and gone.
+# For a batch, the products are most of a step, and a better product is felt. For one row there is less to win: each
+# weight is read, multiplied once, and gone. What may help even there is that weights are read in the order in which
+# they lie (section 6 measures it on a larger model).
 #
 # ## 6 · Fewer bytes
 #
@@ -412,7 +412,7 @@ else:
 # %% [markdown]
 # ### A quarter: eight bits
 #
-# We can go further if numbers need not be floating-point. **Quantisation** (Gholami et al. 2021 give a survey) writes
+# We can go further if numbers need not be floating-point. **Quantisation** (Gholami et al. 2021, §3) writes
 # a weight as a whole number times a scale. Take a row of a weight matrix. Its largest magnitude becomes 127, the
 # scale is that magnitude divided by 127, and all others are rounded to a multiple of the scale:
 
@@ -512,9 +512,8 @@ assert stored_bits(Int4Linear(weight)) == 4 + 64 / linear.GROUP
 # %% [markdown]
 # ### What it costs in quality
 #
-# The answers are now those of another model, close to the first. How close? The usual measure is **perplexity**: let
-# the model read a text, and take $\exp$ of its mean surprise, $-\frac1n\sum \ln p(\text{token})$ (notebook 05). A
-# perplexity of 3 means that it is as unsure, on average, as if it had to choose among three equally likely tokens.
+# The answers are now those of another model, close to the first. How close? The usual measure is **perplexity**
+# (notebook 05, section 4).
 #
 # Perplexity asks what the *text* says. Rounding errors may by chance make the right token more likely. So we also ask
 # how far the two models are from each other: how often both have the same favourite, and how many nats of information
@@ -572,7 +571,8 @@ assert abs(quality["int4"][0] / quality["float32"][0] - 1) < 0.03
 # bfloat16 and eight bits cost nothing that matters. Four bits are seen in the nats and hardly in the perplexity: they
 # move the probabilities a little, for the text now better, now worse. With two bits the harm is plain in every
 # column. What your own use can bear, your own use must show, so measure it there. (There are better ways to round
-# than to the nearest number: GPTQ, Frantar et al. 2022, and AWQ, Lin et al. 2023, look at what a layer is used on.)
+# than to the nearest number: GPTQ (Frantar et al. 2022, §3) and AWQ (Lin et al. 2023, §3) look at what a layer is used
+# on.)
 #
 # ### What it gains
 #
@@ -703,7 +703,7 @@ print(f"SmolLM2-135M has {matrix_weights(smollm) / matrix_weights(model):.0f} ti
 # %% [markdown]
 # What is not the model is Python: it grows with the number of sequences and hardly with the size of the model. For
 # `tiny` it is a part that one sees. Beside the passes of SmolLM2 the same milliseconds are little. This is **Amdahl's
-# law** (1967): what a part can gain for the whole is limited by the share that it has.
+# law** (Amdahl 1967): what a part can gain for the whole is limited by the share that it has.
 #
 # ## 8 · What is left
 #
@@ -730,9 +730,9 @@ plot_gains(rates_of(1), limit=limit(1), **labels, title="One sequence")
 plt.show()
 
 # %% [markdown]
-# The limits are those of float32, so the quantised stages have higher ones. Compare the two pictures. Batching is the
-# largest gain in one and none in the other. Kernels and fused operations help one sequence most, since its calls are
-# divided among the fewest tokens.
+# The limits are those of float32, so the quantised stages have higher ones. Compare the two pictures. Batching is a
+# large gain in one and none in the other. Kernels and fused operations remove calls, so they should help one sequence
+# most, whose calls are divided among the fewest tokens. Do they on your machine?
 #
 # And on the roofline. A mark says how many FLOPs a second went into writing, over the time of the whole workload (the
 # prompts take time and are not counted as FLOPs here). Only for the first one are the repeated FLOPs counted, too.
@@ -771,10 +771,10 @@ plt.show()
 # - **Compile the step.** `torch.compile` does what section 4 did by hand: it joins operations into larger ones and
 #   takes the calls away. It needs a C++ compiler on your machine and its time at the start, and it must be told which
 #   shapes will come.
-# - **Guess ahead.** The bytes for one token alone are used for a single row. In *speculative decoding* (Leviathan,
-#   Kalman and Matias 2023), a small model guesses some tokens and the large one checks them in one pass, as if they
-#   were a prompt. It moves to the right on the roofline *with a single user*, and the answers stay exactly as
-#   distributed as before.
+# - **Guess ahead.** The bytes for one token alone are used for a single row. In *speculative decoding* (Leviathan et
+#   al. 2023, §2), a small model guesses some tokens and the large one checks them in one pass, as if they were a
+#   prompt. It moves to the right on the roofline *with a single user*, and the answers stay exactly as distributed as
+#   before.
 # - **Better units.** AMX, on newer server processors, multiplies whole tiles of bfloat16 or int8 in one instruction. It
 #   raises the flat part of the roof many times over, and with it what a batch or a long prompt can reach. It does
 #   nothing for one sequence, whose bytes come no faster.
@@ -787,14 +787,25 @@ plt.show()
 # | --- | --- | --- | --- |
 # | keys and values kept | arithmetic that was done before | yes | yes |
 # | many at once | passes over the weights | no | most of all |
-# | kernels, fused | calls, small tensors written to be read once | most of all | yes |
-# | weights laid out once | rearranging in each product | hardly | yes |
+# | kernels, fused | calls, small tensors written to be read once | yes | yes |
+# | weights laid out once | rearranging in each product | where the trial says so | where the trial says so |
 # | bfloat16 | half of all bytes | yes, with instructions for it | yes, with instructions for it |
-# | int8, int4 | bytes of weights | yes, if the model is larger than the cache | hardly |
+# | int8, int4 | bytes of weights | if the model is larger than the cache, and unpacking is cheap | hardly |
 #
 # - Measure the machine first: it says what is possible, and when to stop.
 # - Change one thing, check that the tokens are the same, measure, keep it or throw it away.
 # - What cannot be the same (rounded weights) gets a number for what it costs.
+#
+# ## Sources
+#
+# - Amdahl 1967, "Validity of the single processor approach to achieving large scale computing capabilities", AFIPS.
+# - Williams, Waterman and Patterson 2009, "Roofline: An Insightful Visual Performance Model for Multicore
+#   Architectures", Communications of the ACM 52 (4).
+# - Gholami et al. 2021, "A Survey of Quantization Methods for Efficient Neural Network Inference", arXiv:2103.13630.
+# - Frantar, Ashkboos, Hoefler and Alistarh 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+#   Transformers", arXiv:2210.17323.
+# - Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978.
+# - Leviathan, Kalman and Matias 2023, "Fast Inference from Transformers via Speculative Decoding", ICML.
 #
 # ## Exercises
 #
@@ -936,9 +947,10 @@ if tokens_a_pass(0.8, 4) is not None:
 #     return sum(p**right for right in range(drafts + 1))
 # ```
 # The token at place $i$ is given out when all $i$ guesses before it are right. The sum is
-# $(1 - p^{d+1}) / (1 - p)$, Leviathan et al.'s equation 1.
+# $(1 - p^{d+1}) / (1 - p)$, equation 1 of Leviathan et al. (§3.1).
 #
 # </details>
 #
 # ---
-# **Next:** `14_serving`: the engine behind a door that many can knock at.
+# **Back:** [12_sharing](12_sharing.ipynb) · **Next:** [14_serving](14_serving.ipynb): the engine behind a door that
+# many can knock at.

@@ -3,8 +3,8 @@
 #
 # An engine is a function that is called. A service is there when nobody calls, answers hundreds at a time, tells each
 # of them every token as soon as it is written, and survives those who hang up in the middle of a sentence. This
-# notebook puts the engine behind a door at which many can knock. Then it knocks, harder and harder, until the door
-# gives way, and explains why it gives way just there.
+# notebook puts the engine behind an HTTP server. Then it sends requests, faster and faster, until the server falls
+# behind, and explains why it does so just there.
 #
 # **By the end of this notebook you will be able to**
 #
@@ -15,8 +15,13 @@
 # - check a measurement with Little's law, and state a service's capacity as goodput;
 # - say what a server does when it is overloaded, left, or told to stop.
 #
-# **You need** notebook 11 (continuous batching); of 12, what a prefix that is found again saves. No GPU.
-# **Time**: about 75 minutes.
+# **You need** notebook [11](11_continuous_batching.ipynb) (continuous batching); of [12](12_sharing.ipynb), what a
+# prefix that is found again saves. No GPU.
+#
+# **New here**: so far one caller had all requests at once. Now clients come and go while the engine runs, and we ask
+# how many of them it can serve well.
+#
+# **Time**: about 75 minutes (it runs in about 30 s on two cores).
 
 # %%
 import asyncio
@@ -82,8 +87,8 @@ tokenizer, pool = llm.get_tokenizer(), llm.engine.scheduler.pool
 # | to give each token out at once | gives whole answers | a queue for each client, and **server-sent events** |
 # | to stop what nobody wants any more | goes on to the end | `abort` when a connection closes |
 #
-# The engine itself stays as it is. Notebook 11 has seen to it that requests may join and leave at every step; what is
-# new is only who calls `step`. Two threads suffice, because the two kinds of work are so different:
+# The engine itself stays as it is: requests may join and leave at every step (notebook 11). What is new is only who
+# calls `step`. Two threads suffice, because the two kinds of work are so different:
 #
 # - **the engine's thread** computes. It must never wait for a client, since all others would wait with it.
 # - **the event loop's thread** waits: for connections, for bytes, for tokens. It must never compute for long, since no
@@ -421,6 +426,7 @@ with ThreadPoolExecutor(32) as clients:
     while not all(one.done() for one in visits):
         seen.append(read_metrics(http))
         times.append(time.perf_counter() - start)
+        time.sleep(0.02)
 after = read_metrics(http)
 
 # %% tags=["nbval-ignore-output"]
@@ -626,16 +632,16 @@ def mean_between(before, after, name):
 single = {}
 with background(one_seat, config) as server, httpx.Client(base_url=server.url) as http:
     possible = 20 / under_load(server, 20, float("inf"), max_concurrency=3).duration_s
-    for load in (0.4, 0.7, 0.9):
+    for load in (0.5, 0.7, 0.9):
         before, watcher = read_metrics(http), Watcher(one_seat.engine)
-        result = under_load(server, 30, load * possible)
+        result = under_load(server, 20, load * possible)
         heads, after = watcher.mean(result.duration_s), read_metrics(http)
         single[load] = result, heads, mean_between(before, after, "request_inference_time_seconds")
 
 # %% tags=["nbval-ignore-output"]
 print("requests/s   service time   utilisation | mean wait: measured   same arrivals   formula")
 for load, (result, _, service) in single.items():
-    arrivals = [one.at_s for one in poisson(30, load * possible, seed=0, **SIZE)]
+    arrivals = [one.at_s for one in poisson(20, load * possible, seed=0, **SIZE)]
     computed = np.mean(np.subtract(starts_in_order(arrivals, service), arrivals))
     measured = result.ttft_s.mean() - result.ttft_s.min()  # the quickest waited for nobody
     used = load * possible * service
@@ -645,12 +651,12 @@ for load, (result, _, service) in single.items():
 
 # %%
 assert all(result.num_failed == 0 for result, *_ in single.values())
-assert all(result.output_tokens == 30 * 12 for result, *_ in single.values())
+assert all(result.output_tokens == 20 * 12 for result, *_ in single.values())
 
 # %% [markdown]
 # Compare *measured* with *same arrivals*: two lines of arithmetic tell how long a real server lets people wait. What
 # differs is the world: a service time that is not quite constant, a client that shares its processor with the server,
-# whatever else your computer does. Then compare *same arrivals* with *formula*: that is chance again. These were thirty
+# whatever else your computer does. Then compare *same arrivals* with *formula*: that is chance again. These were twenty
 # arrivals of all that might have been.
 #
 # ### Little's law
@@ -662,9 +668,9 @@ assert all(result.output_tokens == 30 * 12 for result, *_ in single.values())
 # $$L = \lambda\, W.$$
 #
 # Here is why. Add up the time that the requests spend in the system: once request by request, $n$ requests of $W$ each;
-# once moment by moment, $T$ seconds with $L$ of them each. It is the same area, the orange one in the figure above:
-# $n W = T L$, and $n/T$ is $\lambda$. So a watcher who only counts heads, and clients who only look at their clocks,
-# must agree:
+# once moment by moment, $T$ seconds with $L$ of them each. It is the same area, the orange one in the figure of "One
+# seat": $n W = T L$, and $n/T$ is $\lambda$. So a watcher who only counts heads, and clients who only look at their
+# clocks, must agree:
 
 # %% tags=["nbval-ignore-output"]
 for load, (result, heads, _) in single.items():
@@ -678,9 +684,10 @@ by_clocks = result.e2e_s.sum() / result.duration_s
 assert 0.3 < heads / by_clocks < 1.5
 
 # %% [markdown]
-# The law is used in both directions. A dashboard shows how many requests are there and how many come; their quotient
-# is the mean latency, without one clock at a client. Or: a service promises a latency and expects a rate; their product
-# is how many requests will be in memory at a time, and that, times the tokens of each, is the KV memory that it needs.
+# The law is used in both directions. A dashboard shows how many requests are there and how many come; their quotient is
+# the mean latency, without one clock at a client. Or: a service promises a latency and expects a rate; their product is
+# how many requests will be in memory at a time, and that, times the tokens of each, is the room in tokens that the KV
+# cache needs.
 #
 # ### Eight seats
 #
@@ -894,7 +901,7 @@ if num_lines is not None:
 # </details>
 #
 # **2.** A service expects `rate` requests a second. A prompt has `prompt` tokens, an answer `output`, and a request
-# stays `seconds`. It stores its prompt at once, and the answer evenly over its stay. How many tokens must the KV memory
+# stays `seconds`. It stores its prompt at once, and the answer evenly over its stay. How many tokens must the KV cache
 # hold on average?
 
 
@@ -1006,4 +1013,5 @@ if patient(lambda: httpx.Response(200), time.sleep) is not None:
 # </details>
 #
 # ---
-# **Next:** `15_deploy_glm4`: a model of nine billion parameters goes into service, step by step.
+# **Back:** [13_making_it_fast](13_making_it_fast.ipynb) · **Next:** [15_deploy_glm4](15_deploy_glm4.ipynb): a model of
+# nine billion parameters goes into service.

@@ -5,10 +5,9 @@
 # order in which an engineer would give it: what to download, what it needs, what it is told and when it stops, how it
 # is called, and what to look at before and after the doors open.
 #
-# The real model is 18.8 GB. So that everything here runs on your laptop, offline, in half a minute, we first write a
-# **stand-in**: the same files with the same names and fields, only far smaller, and it has learned one conversation by
-# heart. Set the environment variable `GLM4_MODEL` to the real one before you start this notebook, and
-# the same cells deploy that.
+# The real model is 18.8 GB. So that everything here runs on your laptop, offline, we first write a **stand-in**: the
+# same files with the same names and fields, only far smaller, and it has learned one conversation by heart. Set the
+# environment variable `GLM4_MODEL` to the real one before you start this notebook, and the same cells deploy that.
 #
 # **By the end of this notebook you will be able to**
 #
@@ -18,8 +17,13 @@
 # - recognise a wrong prompt and a forgotten stop token by their symptoms;
 # - call the model by code and by server, and say when the server is ready for its users.
 #
-# **You need** notebooks 06 (keys and values), 11 (the scheduler) and 14 (the server). No GPU. **Time**: about 60
-# minutes.
+# **You need** notebooks [06](06_kv_cache.ipynb) (the KV cache), [11](11_continuous_batching.ipynb) (the scheduler)
+# and [14](14_serving.ipynb) (the server). No GPU.
+#
+# **New here**: nothing in the engine. Notebook 14 served a model that ships with the package; now a published one goes
+# the whole way, from its files to a server that may be restarted.
+#
+# **Time**: about 60 minutes (it runs in about 25 s on two cores).
 
 # %%
 import atexit
@@ -186,7 +190,7 @@ print(json.dumps({key: GLM4_9B_CHAT[key] for key in decisive}, indent=1))
 #
 # ### Parameters, twice
 #
-# We build the model on PyTorch's `meta` device: every tensor has its shape, and none has a byte.
+# We build the model on the "meta" device (notebook 04):
 
 # %%
 family, config = translate(GLM4_9B_CHAT)
@@ -358,7 +362,7 @@ assert several[4].token_bytes == several[2].token_bytes
 print(f"four cards: one model {several[4].tokens:,} tokens, two copies {2 * several[2].tokens:,}")
 assert 2 * several[2].tokens > several[4].tokens
 
-# %% [markdown]#
+# %% [markdown]
 # This section was arithmetic: minillm runs on one device so far, and says so rather than running slower in silence.
 
 # %%
@@ -442,7 +446,7 @@ if IS_STAND_IN:
 # %% [markdown]
 # ## 5 · What the model is told
 #
-# The engine that will answer until section 7. What we said about memory is now two arguments. (On a CPU
+# This engine will answer until section 7. What we said about memory is now two arguments. (On a CPU
 # `kv_cache_memory_bytes` takes the place of `gpu_memory_utilization`.)
 
 # %%
@@ -696,8 +700,8 @@ print("".join(pieces))
 assert "\ufffd" not in "".join(pieces)  # a character of several tokens is never cut in two
 
 # %% [markdown]
-# A conversation is the client's to remember. The whole of it is sent each time, and prefix caching (notebook 12) makes
-# that cheap. Is the server's answer the code's?
+# A conversation is the client's to remember: the whole of it is sent each time (notebook 12). Is the server's answer
+# the code's?
 
 # %%
 for asked, expected in zip(turns, by_code, strict=True):
@@ -730,12 +734,12 @@ assert refused({"temperature": -1}) == 400
 
 # %% [markdown]
 # And when more comes than can be done? `--max-num-seqs` is how many requests are in a step; more of them wait in the
-# queue. `--max-unfinished-requests` is how many may be there in all, and whoever comes then gets 429 at once, with a
-# `Retry-After`. That is kinder than a queue in which everybody waits longer than they are willing to.
+# queue. `--max-unfinished-requests` is how many may be there in all; whoever comes then gets 429 (notebook 14, section
+# 7).
 #
 # ### What it tells
 #
-# `/metrics` is for Prometheus, and for you. These are the numbers to put on a screen:
+# Of the numbers of `/metrics` (notebook 14, section 5), put these on a screen:
 #
 # | name (`minillm:…`) | what it says | look closer when |
 # | --- | --- | --- |
@@ -763,9 +767,9 @@ for name, value in metrics(*shown).items():
 # %% [markdown]
 # ### What the first request costs
 #
-# Compilation and reservation are over when `/health` says 200, so the first request is not special for these. But a
-# first request finds no beginning of its prompt in memory. Services put a long text in front of every question: rules,
-# examples, a handbook. We make one of about 2,500 tokens, and ask three times for a single token:
+# Compilation and reservation are over when `/health` says 200, so the first request is not special for these. But it
+# finds no beginning of its prompt in memory. We put a handbook in front of every question, and ask three times for a
+# single token:
 
 # %%
 handbook = " ".join([SYSTEM_PROMPT] * 60)
@@ -813,9 +817,8 @@ for what, rate in (("a token, 24 GB card (1.0 TB/s)", 1.0e12), ("a token, 80 GB 
 #
 # ### How it ends
 #
-# Updates and restarts should not cut answers off. At SIGTERM the server takes no new requests, lets those that run end
-# (for `--drain-seconds` at most), and then ends itself. We begin a long answer, and tell the server to stop when the
-# first piece is there:
+# Updates and restarts should not cut answers off. At SIGTERM the server drains (notebook 14, section 7). We begin a
+# long answer, and tell the server to stop when the first piece is there:
 
 # %%
 long = {"temperature": 0, "max_tokens": 400, "extra_body": {"ignore_eos": True}}
@@ -973,6 +976,6 @@ if harmless("a") is not None:
 # </details>
 #
 # ---
-# **Next:** this is the last notebook for now. What lies past one device, tensor parallelism among it, is being worked
-# on. [docs/architecture.md](../docs/architecture.md) shows the whole engine on one page, and
-# [docs/benchmarks.md](../docs/benchmarks.md) what it reaches.
+# **Back:** [14_serving](14_serving.ipynb) · **Next:** this is the last notebook for now. What lies past one device,
+# tensor parallelism among it, is being worked on. [docs/architecture.md](../docs/architecture.md) shows the whole
+# engine on one page, and [docs/benchmarks.md](../docs/benchmarks.md) what it reaches.
