@@ -141,6 +141,7 @@ class Crew:
             subprocess.Popen(
                 [sys.executable, "-m", "minillm.engine.rank", str(rank), str(size), str(self.store.port), device],
                 stdin=subprocess.PIPE,
+                env=os.environ | {"TQDM_DISABLE": "1"},  # rank 0 shows how far loading is
                 text=True,
             )
             for rank in range(1, size)
