@@ -32,6 +32,7 @@ notebooks: .venv/notebooks
 	$(BIN)/python notebooks/build.py
 
 docs: .venv/docs
+	rm -rf docs/api
 	$(SPHINX) . docs/_build/html
 	@echo "open docs/_build/html/index.html"
 

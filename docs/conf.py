@@ -6,6 +6,7 @@ are in the repository. Outputs of notebooks are shown as they are committed: not
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,7 +59,6 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 # A widget lives in a notebook that runs. Here is the picture that comes with it.
 nb_mime_priority_overrides = [("*", "application/vnd.jupyter.widget-view+json", None)]
-nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 
 autosummary_generate = True
 autosummary_ignore_module_all = False
@@ -81,6 +81,15 @@ def _is_tuple_field(app: Sphinx, what: str, name: str, obj: object, skip: bool, 
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def _drop_widgets(app: Sphinx, name: str, source: list[str]) -> None:
+    """Leave out the state of a notebook's widgets: nothing on the site could read it."""
+    if name.startswith("notebooks/"):
+        notebook = json.loads(source[0])
+        notebook["metadata"].pop("widgets", None)
+        source[0] = json.dumps(notebook)
+
+
 def setup(app: Sphinx) -> None:
     """What Sphinx calls."""
+    app.connect("source-read", _drop_widgets)
     app.connect("autodoc-skip-member", _is_tuple_field)
