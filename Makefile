@@ -14,7 +14,13 @@ PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX)
 # Two processes with a thread each: tiny models have nothing to share among threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
+<<<<<<< HEAD
 .PHONY: demo test lab notebooks assignments grade lint types bench-kernels bench-cpu bench-gpu clean
+=======
+SPHINX := $(BIN)/python -m sphinx -c docs -d docs/_build/doctrees -j $(JOBS) -q -W --keep-going
+
+.PHONY: demo test lab notebooks docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
+>>>>>>> site
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -30,11 +36,22 @@ lab: .venv/notebooks
 notebooks: .venv/notebooks
 	$(BIN)/python notebooks/build.py
 
+<<<<<<< HEAD
 assignments: .venv/assignments
 	$(BIN)/python -m minillm.course.assignments release
 
 grade: .venv/assignments
 	$(BIN)/python -m minillm.course.assignments grade --jobs $(JOBS) $(if $(CELL_SECONDS),--cell-seconds $(CELL_SECONDS))
+=======
+docs: .venv/docs
+	rm -rf docs/api
+	$(SPHINX) . docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+# Links that lead out of the site; needs the network.
+linkcheck: .venv/docs
+	$(SPHINX) -b linkcheck . docs/_build/linkcheck
+>>>>>>> site
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -56,7 +73,7 @@ bench-gpu: .venv/notebooks
 	$(BIN)/minillm bench gpu-engine
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build docs/_build docs/api *.egg-info
 
 # An environment with the extra that its name says; made again when the lists of packages change.
 .venv/%: pyproject.toml constraints.txt

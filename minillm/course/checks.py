@@ -26,7 +26,7 @@ def check_close(
 ) -> None:
     """Raise CheckError unless `got` is a tensor of the expected shape and dtype, and its numbers are close.
 
-    Close is |got − expected| ≤ atol + rtol·|expected|; infinities must be equal, and NaN is never close.
+    Close is `|got − expected| ≤ atol + rtol·|expected|`; infinities must be equal, and NaN is never close.
     """
     __tracebackhide__ = True  # IPython shows the cell that called this, and the message
     if not isinstance(got, Tensor):
