@@ -14,13 +14,9 @@ PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX)
 # Two processes with a thread each: tiny models have nothing to share among threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-<<<<<<< HEAD
-.PHONY: demo test lab notebooks assignments grade lint types bench-kernels bench-cpu bench-gpu clean
-=======
 SPHINX := $(BIN)/python -m sphinx -c docs -d docs/_build/doctrees -j $(JOBS) -q -W --keep-going
 
-.PHONY: demo test lab notebooks docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
->>>>>>> site
+.PHONY: demo test lab notebooks assignments grade docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -36,13 +32,12 @@ lab: .venv/notebooks
 notebooks: .venv/notebooks
 	$(BIN)/python notebooks/build.py
 
-<<<<<<< HEAD
 assignments: .venv/assignments
 	$(BIN)/python -m minillm.course.assignments release
 
 grade: .venv/assignments
 	$(BIN)/python -m minillm.course.assignments grade --jobs $(JOBS) $(if $(CELL_SECONDS),--cell-seconds $(CELL_SECONDS))
-=======
+
 docs: .venv/docs
 	rm -rf docs/api
 	$(SPHINX) . docs/_build/html
@@ -51,7 +46,6 @@ docs: .venv/docs
 # Links that lead out of the site; needs the network.
 linkcheck: .venv/docs
 	$(SPHINX) -b linkcheck . docs/_build/linkcheck
->>>>>>> site
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
