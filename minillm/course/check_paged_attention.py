@@ -124,8 +124,9 @@ class Decodes(NamedTuple):
 
     def attention(self, scale: float) -> Float[Tensor, "seqs heads head_dim"]:
         """What is right: the package's reference in float64."""
-        wide, starts = (x.double() for x in self[:3]), torch.arange(len(self.q) + 1)
-        right = reference.paged_attention(*wide, self.tables, starts, self.lengths, max_query_len=1, scale=scale)
+        q, k_cache, v_cache = self.q.double(), self.k_cache.double(), self.v_cache.double()
+        where = self.tables, torch.arange(len(q) + 1), self.lengths
+        right = reference.paged_attention(q, k_cache, v_cache, *where, max_query_len=1, scale=scale)
         return right.float()
 
 
@@ -139,7 +140,8 @@ def scattered(lengths: Sequence[int], kv_heads: int, group: int, head_dim: int, 
         tables[seq, : len(own)] = own
         position = torch.arange(length)
         slots = own[position // block_size] * block_size + position % block_size
-        reference.write_kv(k_cache, v_cache, *torch.randn(2, length, kv_heads, head_dim), slots)
+        k, v = torch.randn(2, length, kv_heads, head_dim)
+        reference.write_kv(k_cache, v_cache, k, v, slots)
     q = torch.randn(len(lengths), kv_heads * group, head_dim)
     return Decodes(q, k_cache, v_cache, tables, torch.tensor(lengths))
 
@@ -183,16 +185,13 @@ def check_engine(engine_with: Callable[..., LLM], decode: Callable[..., Any], pr
 
     plain: dict[str, Any] = {"dtype": "float32", "device": "cpu", "attention_backend": "reference"}
     with LLM("tiny", **plain, num_gpu_blocks_override=64) as llm:
-        right, layers = told(llm), llm.engine.runner.decoder.config.num_layers
+        right = told(llm)
     with engine_with(counted) as llm, without(*ANSWERS):
         got = told(llm)
-    hint = "Token 0 comes after the whole prompt. If only later ones are wrong, look at sequences of several blocks."
+    hint = "Token 0 comes after the whole prompt. Does your function pass the checks of its own task?"
     for prompt, mine, expected in zip(prompts, got, right, strict=True):
         check_equal(mine, expected, f"the tokens after {prompt!r}", hint=hint)
-    check(
-        len(calls) == layers * steps,
-        f"your function was called {len(calls)} times, in {steps} steps of {layers} layers: is it in the engine?",
-    )
+    check(len(calls) >= steps, f"your function was called {len(calls)} times in {steps} steps: is it in the engine?")
 
 
 def _surrounded(tensor: Tensor, filler: float) -> tuple[Tensor, Tensor]:
