@@ -90,7 +90,7 @@ tokenizer = llm.get_tokenizer()
 # </details>
 
 
-# %% tags=["solution:counting"]
+# %% tags=["solution:my_counting"]
 class Counting(BlockPool):
     """A pool that knows how many hold each block."""
 
@@ -238,7 +238,7 @@ with without(*answers):
 # </details>
 
 
-# %% tags=["solution:content_hash"]
+# %% tags=["solution:my_content_hash"]
 def content_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The name of a full block: of its tokens, and of all that stands before them."""
     ### BEGIN SOLUTION
@@ -291,7 +291,7 @@ with without("minillm.cache.block_pool:block_hash"):
 # and `find(b"y")` is 3. `forget(3)`: `find(b"y")` is `None`.
 
 
-# %% tags=["solution:finding"]
+# %% tags=["solution:my_finding"]
 class Finding(BlockPool):
     """A pool whose full blocks can be found by their content."""
 
@@ -381,7 +381,7 @@ class Table(BlockTable):
 # queue of free blocks ends with 2, 1.
 
 
-# %% tags=["solution:growing"]
+# %% tags=["solution:my_growing"]
 class Growing(Table):
     """A table that grows and shrinks."""
 
@@ -478,7 +478,7 @@ with without(*answers):
 # appends a token: nobody shares block 1 any more, so it returns `[]` and stays `[0, 1]`.
 
 
-# %% tags=["solution:sharing"]
+# %% tags=["solution:my_sharing"]
 class Sharing(Table):
     """A table that shares its blocks with others until it writes."""
 

@@ -80,7 +80,7 @@ from minillm.course.partial_attention import Partial, nothing
 # enough, and it may be gone through once only: as soon as the next piece is asked for, the one before is overwritten.
 
 
-# %% tags=["solution:online_sum"]
+# %% tags=["solution:my_online_sum"]
 def online_sum(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """The largest of all scores, and the sum of exp(score - largest); each piece is seen once."""
     ### BEGIN SOLUTION
@@ -93,7 +93,7 @@ def online_sum(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     ### END SOLUTION
 
 
-# %% tags=["tests:online_sum:2"]
+# %% tags=["tests:online_sum:10"]
 from minillm.course.check_paged_attention import check_online_sum
 
 by_hand = [torch.tensor([2.0, 8.0]).log(), torch.tensor([4.0]).log(), torch.tensor([16.0]).log()]
@@ -152,7 +152,7 @@ print("right")
 # *Hints.* The scores are `[rows, tokens]`, one matrix product. A factor `[rows]` becomes a column by `[:, None]`.
 
 
-# %% tags=["solution:add_block"]
+# %% tags=["solution:my_add_block"]
 def add_block(done: Partial, queries: Tensor, keys: Tensor, values: Tensor) -> Partial:
     """`done`, and one more block."""
     ### BEGIN SOLUTION
@@ -165,7 +165,7 @@ def add_block(done: Partial, queries: Tensor, keys: Tensor, values: Tensor) -> P
     ### END SOLUTION
 
 
-# %% tags=["tests:add_block:3"]
+# %% tags=["tests:add_block:15"]
 from minillm.course.check_paged_attention import check_add_block
 
 keys = torch.tensor([[log(2), 0.0], [log(8), 0.0], [log(16), 0.0]])
@@ -225,7 +225,7 @@ print("right")
 # - The division comes at the end, once.
 
 
-# %% tags=["solution:paged_decode"]
+# %% tags=["solution:my_paged_decode"]
 def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """Attention of each sequence's newest token over its blocks: [seqs, heads, head_dim]."""
     ### BEGIN SOLUTION
@@ -245,7 +245,7 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, le
     ### END SOLUTION
 
 
-# %% tags=["tests:paged_decode:4"]
+# %% tags=["tests:paged_decode:20"]
 from minillm.course.check_paged_attention import ANSWERS, check_decode, scattered
 from minillm.course.checks import check_close, without
 from minillm.course.partial_attention import add_block as right_add_block
@@ -295,7 +295,7 @@ print("right")
 # *Hint.* −∞ − (−∞) is NaN. `largest.masked_fill(largest == -inf, 0)` is a number to subtract that never is −∞.
 
 
-# %% tags=["solution:merge"]
+# %% tags=["solution:my_merge"]
 def merge(a: Partial, b: Partial) -> Partial:
     """The state over the keys of both."""
     ### BEGIN SOLUTION
@@ -307,7 +307,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     ### END SOLUTION
 
 
-# %% tags=["tests:merge:2"]
+# %% tags=["tests:merge:10"]
 from minillm.course.check_paged_attention import check_merge, partial_of
 
 scores, values = torch.tensor([[2.0, 8.0, 16.0]]).log(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -334,7 +334,7 @@ for level in (0, 120):
 ### END HIDDEN TESTS
 print("right")
 
-# %% tags=["tests:merge_empty:1"]
+# %% tags=["tests:merge_empty:5"]
 from minillm.course.check_paged_attention import check_merge, partial_of, rows_of
 
 full, empty = partial_of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 3)), nothing(2, 3)
@@ -394,7 +394,7 @@ print("right")
 # - Begin with a single tile: the first check has sequences of at most `KEYS` tokens.
 
 
-# %% tags=["solution:decode_kernel"]
+# %% tags=["solution:my_decode_kernel"]
 @triton.jit
 def decode_kernel(
     q,  # [seqs, heads, HEAD_DIM]
@@ -455,7 +455,7 @@ def kernel_decode(q, k_cache, v_cache, tables, lengths, scale):
     return out
 
 
-# %% tags=["tests:kernel_one_tile:2"]
+# %% tags=["tests:kernel_one_tile:10"]
 from minillm.course.check_paged_attention import check_kernel, scattered
 
 torch.manual_seed(5)
@@ -477,7 +477,7 @@ for kv_heads, group, block_size in ((3, 2, 2), (2, 5, 16)):
 ### END HIDDEN TESTS
 print("right")
 
-# %% tags=["tests:kernel:2"]
+# %% tags=["tests:kernel:10"]
 from minillm.course.check_paged_attention import check_kernel, scattered
 
 torch.manual_seed(5)
@@ -542,7 +542,7 @@ with engine_with(paged_decode) as llm:
 # The checks compare the tokens with those of the package's attention, for three prompts that the engine answers
 # together.
 
-# %% tags=["tests:engine:2"]
+# %% tags=["tests:engine:10"]
 from minillm.course.check_paged_attention import check_engine
 from minillm.course.partial_attention import add_block as right_add_block
 
@@ -559,7 +559,7 @@ with patch("__main__.add_block", right_add_block):
 ### END HIDDEN TESTS
 print("right")
 
-# %% tags=["tests:engine_kernel:2"]
+# %% tags=["tests:engine_kernel:10"]
 from minillm.course.check_paged_attention import check_engine
 
 check_engine(engine_with, kernel_decode, ["Nora had a red hat.", "Sam was a clever boy. One evening"], steps=5)

@@ -93,7 +93,7 @@ show_source(Scheduler._take)
 # `max_tokens=4` it needs three.
 
 
-# %% tags=["solution:refusing"]
+# %% tags=["solution:my_refusing"]
 class Refusing(Scheduler):
     """A scheduler that takes only what it can serve."""
 
@@ -150,7 +150,7 @@ for _ in range(100):
 # </details>
 
 
-# %% tags=["solution:continuing"]
+# %% tags=["solution:my_continuing"]
 class Continuing(Scheduler):
     """A scheduler whose running requests go on."""
 
@@ -237,7 +237,7 @@ compare(Continuing, random_scenes(seed, budget=500), decide, ["_schedule_running
 # and `a` gets one of the blocks. Had `c` asked, it would have lost its own.
 
 
-# %% tags=["solution:preempting"]
+# %% tags=["solution:my_preempting"]
 class Preempting(Scheduler):
     """A scheduler that takes memory from the youngest when it runs out."""
 
@@ -344,7 +344,7 @@ compare(Room, random_scenes(seed, free=3), middle, ["_make_room"], hint=hint, to
 # wait. `a` gets 9 tokens and 3 blocks. `b` needs a block, and there is none: it waits, and so does `c`.
 
 
-# %% tags=["solution:admitting"]
+# %% tags=["solution:my_admitting"]
 class Admitting(Scheduler):
     """A scheduler that lets requests in, first come, first served."""
 
@@ -404,7 +404,7 @@ compare(Admitting, random_scenes(seed, 200), decide, ["_schedule_waiting"], hint
 # - only the youngest are preempted; who waits holds no blocks; nobody is overtaken; nobody is lost.
 
 
-# %% tags=["solution:whole"]
+# %% tags=["solution:my_whole"]
 class MyScheduler(Refusing, Continuing, Preempting, Admitting):
     """Continuous batching with chunked prefill and preemption."""
 

@@ -3,7 +3,7 @@
 MISTAKES = [
     {
         "name": "a block freed twice is not noticed",
-        "solution": "counting",
+        "solution": "my_counting",
         "old": 'raise ValueError(f"block {block} is given back, and nobody holds it")',
         "new": "pass",
         "loses": {"counting_twice": 5},
@@ -11,7 +11,7 @@ MISTAKES = [
     },
     {
         "name": "what became free last is given out first",
-        "solution": "counting",
+        "solution": "my_counting",
         "old": "self._free[block] = None",
         "new": "self._free[block] = None; self._free.move_to_end(block, last=False)",
         "loses": {"counting_order": 5},
@@ -19,7 +19,7 @@ MISTAKES = [
     },
     {
         "name": "allocate goes through the whole queue",
-        "solution": "counting",
+        "solution": "my_counting",
         "old": "block, _ = self._free.popitem(last=False)",
         "new": "block = list(self._free)[0]; del self._free[block]",
         "loses": {"counting_work": 5},
@@ -27,7 +27,7 @@ MISTAKES = [
     },
     {
         "name": "the hash leaves the parent out",
-        "solution": "content_hash",
+        "solution": "my_content_hash",
         "old": 'digest.update(len(parent).to_bytes(8, "little") + parent)',
         "new": "",
         "loses": {"content_hash": 10},
@@ -35,7 +35,7 @@ MISTAKES = [
     },
     {
         "name": "a block keeps its old name",
-        "solution": "finding",
+        "solution": "my_finding",
         "old": "self.forget(block)",
         "new": "pass",
         "loses": {"finding": 15},
@@ -43,7 +43,7 @@ MISTAKES = [
     },
     {
         "name": "the beginning is given back before the end",
-        "solution": "growing",
+        "solution": "my_growing",
         "old": "self.pool.free(reversed(self.blocks[keep:]))",
         "new": "self.pool.free(self.blocks[keep:])",
         "loses": {"shrinking": 10},
@@ -51,7 +51,7 @@ MISTAKES = [
     },
     {
         "name": "parent and child have one list",
-        "solution": "sharing",
+        "solution": "my_sharing",
         "old": "child.blocks = list(self.blocks)",
         "new": "child.blocks = self.blocks",
         "loses": {"forking": 5, "engine_tokens": 10},
@@ -59,7 +59,7 @@ MISTAKES = [
     },
     {
         "name": "after a copy the shared block is not let go",
-        "solution": "sharing",
+        "solution": "my_sharing",
         "old": "self.pool.free([shared])",
         "new": "pass",
         "loses": {"copying": 10, "engine_tokens": 10},

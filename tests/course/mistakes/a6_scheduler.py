@@ -9,7 +9,7 @@ TOGETHER = {"engine": 15, "goodput_50": 8, "goodput_80": 6, "goodput_95": 6}
 MISTAKES = [
     {
         "name": "max_tokens counts a token that is never stored",
-        "solution": "refusing",
+        "solution": "my_refusing",
         "old": "request.max_tokens - 1",
         "new": "request.max_tokens",
         "loses": {"refusing": 10},
@@ -17,7 +17,7 @@ MISTAKES = [
     },
     {
         "name": "a prompt is computed whole, whatever the budget",
-        "solution": "continuing",
+        "solution": "my_continuing",
         "old": "count = min(request.num_uncomputed_tokens, step.budget)",
         "new": "count = request.num_uncomputed_tokens",
         "loses": {"chunks": 10, **TOGETHER},
@@ -25,7 +25,7 @@ MISTAKES = [
     },
     {
         "name": "prompts come before decodes",
-        "solution": "continuing",
+        "solution": "my_continuing",
         "old": "decodes + prompts",
         "new": "prompts + decodes",
         "loses": {"decodes_first": 10, **TOGETHER},
@@ -33,7 +33,7 @@ MISTAKES = [
     },
     {
         "name": "a preempted request's tokens are not given back to the budget",
-        "solution": "preempting",
+        "solution": "my_preempting",
         "old": "step.budget += part.count",
         "new": "pass",
         "loses": {"preempting": 10},
@@ -41,7 +41,7 @@ MISTAKES = [
     },
     {
         "name": "static batching: nobody joins while somebody runs",
-        "solution": "whole",
+        "solution": "my_whole",
         "old": "if not step.preempted:",
         "new": "if not self.running:",
         "loses": {"goodput_50": 8, "goodput_80": 6, "goodput_95": 6},
