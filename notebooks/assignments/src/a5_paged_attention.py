@@ -562,7 +562,7 @@ print("right")
 # %% tags=["tests:engine_kernel:2"]
 from minillm.course.check_paged_attention import check_engine
 
-check_engine(engine_with, kernel_decode, ["Sam was a clever boy. One evening"], steps=4)
+check_engine(engine_with, kernel_decode, ["Nora had a red hat.", "Sam was a clever boy. One evening"], steps=4)
 ### BEGIN HIDDEN TESTS
 import secrets
 
