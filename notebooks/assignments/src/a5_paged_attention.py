@@ -461,7 +461,7 @@ from minillm.course.check_paged_attention import check_kernel, scattered
 torch.manual_seed(5)
 nans = "NaN: nothing was stored, or a load has no mask, or the scores of keys that are not there are not −∞."
 check_kernel(decode_kernel, scattered([16], 1, 1, 16, 16), 1.0, "One sequence, one head, one full block.")
-check_kernel(decode_kernel, scattered([10], 1, 1, 16, 4), 1.0, f"One sequence of 10 tokens in blocks of 4. {nans}")
+check_kernel(decode_kernel, scattered([10], 1, 1, 16, 4), 0.1, f"One sequence of 10 tokens in blocks of 4. {nans}")
 hint = f"Three sequences, two key/value heads with three query heads each. {nans}"
 check_kernel(decode_kernel, scattered([5, 16, 1], 2, 3, 16, 4), 0.3, hint)
 ### BEGIN HIDDEN TESTS
@@ -534,7 +534,7 @@ def engine_with(decode):
 
 # %%
 with engine_with(paged_decode) as llm:
-    params = SamplingParams(temperature=0, max_tokens=30)
+    params = SamplingParams(temperature=0, max_tokens=24)
     prompt = "Once upon a time, in a small house near the farm,"
     print(prompt + llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].text)
 
@@ -562,13 +562,13 @@ print("right")
 # %% tags=["tests:engine_kernel:10"]
 from minillm.course.check_paged_attention import check_engine
 
-check_engine(engine_with, kernel_decode, ["Nora had a red hat.", "Sam was a clever boy. One evening"], steps=5)
+check_engine(engine_with, kernel_decode, ["Nora had a red hat.", "Sam was a clever boy. One evening"], steps=4)
 ### BEGIN HIDDEN TESTS
 import secrets
 
 names, starts = ("Nora", "Sam", "Lily", "Ben"), ("{} had a red hat.", "{} was a clever child.", "One day {} went to")
-fresh = [secrets.choice(starts).format(secrets.choice(names)) for _ in range(2)]
-check_engine(engine_with, kernel_decode, fresh, steps=5)
+fresh = secrets.choice(starts).format(secrets.choice(names))
+check_engine(engine_with, kernel_decode, [fresh], steps=3)
 ### END HIDDEN TESTS
 print("right")
 
