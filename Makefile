@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 SPHINX := $(BIN)/python -m sphinx -c docs -d docs/_build/doctrees -j $(JOBS) -q -W --keep-going
 
-.PHONY: demo test lab notebooks assignments grade docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
+.PHONY: demo test test-course lab notebooks assignments grade docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -25,6 +25,10 @@ test: .venv/test
 	$(BIN)/minillm pull smollm2-135m
 	$(PYTEST) --dist loadscope --no-loadscope-reorder
 	$(PYTEST) -o addopts= --dist loadfile --nbval --nbval-current-env notebooks
+
+# Every mistake that is planted in the assignments; `make test` grades some of each.
+test-course: .venv/test
+	$(PYTEST) --dist loadscope --all-mistakes tests/course
 
 lab: .venv/notebooks
 	$(BIN)/jupyter lab notebooks

@@ -28,6 +28,10 @@ def pytest_configure(config):
         os.environ["TQDM_DISABLE"] = "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-mistakes", action="store_true", help="grade every planted mistake, not some of each")
+
+
 TABLES: dict[str, list[str]] = {}
 
 

@@ -277,8 +277,11 @@ def mistakes_of(name):
     return runpy.run_path(str(path))["MISTAKES"] if path.exists() else []
 
 
-def students_of(name):
-    """Mistakes that cost points of different cells, together in one submission: that they do not add up otherwise."""
+def students_of(name, config):
+    """Mistakes that cost points of different cells, together in one submission: that they do not add up otherwise.
+
+    The first such submission of each assignment, or all of them with --all-mistakes.
+    """
     students = []
     for mistake in mistakes_of(name):
         for group in students:
@@ -289,7 +292,7 @@ def students_of(name):
                 break
         else:
             students.append([mistake])
-    return students
+    return students if config.getoption("--all-mistakes") else students[:1]
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +306,7 @@ def classroom(request, tmp_path_factory):
     for name in names:
         hand_in(course, "reference", name, solved(course, name))
         hand_in(course, "untouched", name, nbformat.read(course.notebook("release", name), as_version=4))
-        for number, group in enumerate(students_of(name)):
+        for number, group in enumerate(students_of(name, request.config)):
             hand_in(course, f"mistakes{number}", name, mistaken(course, name, group))
     return course, graded(course)
 
@@ -328,10 +331,10 @@ def test_the_reference_scores_all_and_the_untouched_release_nothing(classroom, n
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_mistake_loses_its_points_and_its_message_is_shown(classroom, name):
+def test_a_mistake_loses_its_points_and_its_message_is_shown(classroom, name, pytestconfig):
     course, grades = classroom
     assert len(mistakes_of(name)) >= 3
-    for number, group in enumerate(students_of(name)):
+    for number, group in enumerate(students_of(name, pytestconfig)):
         student = f"mistakes{number}"
         one, errors, page = grades[student, name], messages(course, student, name), feedback(course, student, name)
         loses = {cell: points for mistake in group for cell, points in mistake["loses"].items()}

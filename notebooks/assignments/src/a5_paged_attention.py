@@ -17,12 +17,12 @@
 #
 # | task | cells that are graded | points |
 # | --- | --- | --- |
-# | 1 · a softmax in pieces | `online_sum` | 2 |
-# | 2 · attention in pieces | `add_block` | 3 |
-# | 3 · over a block table | `paged_decode` | 4 |
-# | 4 · two workers | `merge`, `merge_empty` | 2 + 1 |
-# | 5 · the kernel | `kernel_one_tile`, `kernel` | 2 + 2 |
-# | 6 · in the engine | `engine`, `engine_kernel` | 2 + 2 |
+# | 1 · a softmax in pieces | `online_sum` | 10 |
+# | 2 · attention in pieces | `add_block` | 15 |
+# | 3 · over a block table | `paged_decode` | 20 |
+# | 4 · two workers | `merge`, `merge_empty` | 10 + 5 |
+# | 5 · the kernel | `kernel_one_tile`, `kernel` | 10 + 10 |
+# | 6 · in the engine | `engine`, `engine_kernel` | 10 + 10 |
 #
 # **How it works.** Put your code in the place of `raise NotImplementedError()`. Below each task is a cell with checks.
 # Run it as often as you like; it says what is wrong and where. When it is graded, further checks are run, with random
@@ -52,7 +52,7 @@ from minillm.cache.backends import AttentionBackend
 from minillm.course.partial_attention import Partial, nothing
 
 # %% [markdown]
-# ## Task 1 · A softmax in pieces (2 points)
+# ## Task 1 · A softmax in pieces (10 points)
 #
 # The weights of a softmax are $e^{s_i - m} / \ell$ with $m = \max_j s_j$ and $\ell = \sum_j e^{s_j - m}$. Subtracting
 # $m$ keeps the exponentials from overflowing. But the scores of a long text come in pieces, and each piece shall be
@@ -118,7 +118,7 @@ for level in (0, 150, -150):
 print("right")
 
 # %% [markdown]
-# ## Task 2 · Attention in pieces (3 points)
+# ## Task 2 · Attention in pieces (15 points)
 #
 # Attention wants the weighted sum of the values, not the weights. FlashAttention (Dao et al. 2022, §3.1) carries it
 # along in the same way: a third quantity, relative to the same largest score and corrected by the same factor. The
@@ -192,7 +192,7 @@ for rows, head_dim in ((1, 8), (3, 16), (4, 5)):
 print("right")
 
 # %% [markdown]
-# ## Task 3 · Over a block table (4 points)
+# ## Task 3 · Over a block table (20 points)
 #
 # Now the keys lie in blocks of a pool, and a block table says which. Token $i$ of a sequence is in block
 # `table[i // block_size]`, at place `i % block_size` (Kwon et al. 2023, "PagedAttention", §4.1 and §4.2). Several
@@ -279,7 +279,7 @@ for kv_heads, group, head_dim, block_size in ((1, 1, 4, 1), (2, 3, 16, 4), (3, 2
 print("right")
 
 # %% [markdown]
-# ## Task 4 · Two workers (2 + 1 points)
+# ## Task 4 · Two workers (10 + 5 points)
 #
 # One user, one text of a hundred thousand tokens: a single worker would go through all of its blocks alone. Let two
 # workers take a half each, both beginning with `nothing`. Dao et al. 2023 ("Flash-Decoding for long-context
@@ -355,7 +355,7 @@ for _ in range(4):
 print("right")
 
 # %% [markdown]
-# ## Task 5 · The kernel (2 + 2 points)
+# ## Task 5 · The kernel (10 + 10 points)
 #
 # On a graphics card nobody loops over sequences and heads. A *program* does one sequence and one key/value head, and
 # the grid has one for each pair (notebook 09, section 6; Tillet et al. 2019, "Triton"). Here Triton's interpreter runs
@@ -497,7 +497,7 @@ for kv_heads, group, block_size in ((1, 4, 2), (2, 3, 16), (3, 1, 32)):
 print("right")
 
 # %% [markdown]
-# ## Task 6 · In the engine (2 + 2 points)
+# ## Task 6 · In the engine (10 + 10 points)
 #
 # The engine's store hands every layer's queries to a **backend** (notebook 09, section 8). Yours knows decodes only:
 # one query a sequence. That is enough. A prompt of $n$ tokens is $n$ queries, and query $i$ sees the tokens up to
