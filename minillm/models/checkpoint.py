@@ -34,9 +34,9 @@ class StoredTensor:
     blocks: Callable[[], Iterator[Tensor]]
 
 
-def row_ranges(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of each block of a tensor of at least one dimension."""
-    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+def row_ranges(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    """The rows of each block, of so many numbers, of a tensor of at least one dimension."""
+    step = max(1, elements // max(1, math.prod(shape[1:])))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 

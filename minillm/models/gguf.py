@@ -173,9 +173,13 @@ def iterate_gguf(path: Path) -> Iterator[tuple[str, StoredTensor]]:
             yield tensor.name, StoredTensor(shape, partial(_gguf_blocks, reader, tensor, shape))
 
 
+BLOCK_ELEMENTS = 2**20
+"""Numbers that are dequantised at a time: fewer than are copied, for there are several copies on the way."""
+
+
 def _gguf_blocks(reader: _Reader, tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
     whole = len(shape) < 2  # quantised rows are wholes, a vector may be one of them
-    for rows in (slice(None),) if whole else row_ranges(shape):
+    for rows in (slice(None),) if whole else row_ranges(shape, BLOCK_ELEMENTS):
         yield _dequantize(tensor, tensor.data[rows]).view(-1, *shape[1:])
         reader.give_back()
 
