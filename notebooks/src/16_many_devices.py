@@ -484,20 +484,20 @@ assert [lead(batch, 4, 25) > 1 for batch in (32, 64, 128, 256)] == [True, True, 
 # %% [markdown]
 # ### Real traffic
 #
-# A step is not a service: requests come at random, with long prompts, and wait for each other. We send 120 requests of
-# Azure's trace to four GPUs, faster and faster, in three ways. The memory is that of cards of 80 GB: a copy has room
+# A step is not a service: requests come at random, with long prompts, and wait for each other. We send 100 requests of
+# Azure's trace to four GPUs, faster and faster, in three ways. The memory is that of cards of 40 GB: a copy has room
 # for keys and values beside *all* weights, the cut model has the room of four cards beside *one* set of weights.
 
 # %%
-requests = load_trace(limit=120)
+requests = load_trace(limit=100)
 rate = len(requests) / requests[-1].time
 block_bytes = 512 * 128 * 2**10  # 512 tokens of 128 KiB
-copy_blocks = int((72e9 - 16e9) / block_bytes)
-shard_blocks = int((4 * 72e9 - 16e9) / block_bytes)
+copy_blocks = int((36e9 - 16e9) / block_bytes)  # nine tenths of a card, less the weights
+shard_blocks = int((4 * 36e9 - 16e9) / block_bytes)
 print(f"room: four copies {4 * copy_blocks * 512:,} tokens, cut in four {shard_blocks * 512:,} tokens")
 
 # %%
-loads = (8, 16, 32, 64)  # requests a second
+loads = (10, 20, 40, 80)  # requests a second
 services = {"cut, NVLink": [], "cut, PCIe": [], "four copies": []}
 for load in loads:
     arrivals = [request._replace(time=request.time * rate / load) for request in requests]
@@ -524,7 +524,7 @@ assert cut_slow[-1].seconds_per_token > 2 * copies[-1].seconds_per_token
 # - **Little load, or a user who must not wait: shard**, over links that are fast. Nothing else makes *one* answer
 #   faster.
 # - **Much load, slow links: replicate.** On PCIe, the cut model is the better one for few requests and the worse one
-#   for many; the lines cross at about 16 requests a second. On NVLink the cut model stays ahead here, but remember
+#   for many; the lines cross a little below 20 requests a second. On NVLink the cut model stays ahead here, but remember
 #   that it was counted at its best.
 # - **The model does not fit: shard** over as few devices as it needs, and replicate that. Notebook 15 found why few:
 #   past the number of key/value heads, memory is spent on copies of them.

@@ -12,7 +12,7 @@ from minillm.simulate.simulator import CostModel, simulate
 from minillm.simulate.trace import Arrival, load_trace
 from minillm.viz import published_model, ring_sends
 
-ARRIVALS = [Arrival(0.25 * number, 40 + 7 * number, 5 + number % 3) for number in range(12)]
+ARRIVALS = [Arrival(0.01 * number, 40 + 7 * number, 5 + number % 3) for number in range(12)]
 LIMITS = {"num_blocks": 64, "block_size": 16}
 
 
