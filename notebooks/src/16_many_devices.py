@@ -524,8 +524,8 @@ assert cut_slow[-1].seconds_per_token > 2 * copies[-1].seconds_per_token
 # - **Little load, or a user who must not wait: shard**, over links that are fast. Nothing else makes *one* answer
 #   faster.
 # - **Much load, slow links: replicate.** On PCIe, the cut model is the better one for few requests and the worse one
-#   for many; the lines cross a little below 20 requests a second. On NVLink the cut model stays ahead here, but remember
-#   that it was counted at its best.
+#   for many; the lines cross a little below 20 requests a second. On NVLink the cut model stays ahead here, but it was
+#   counted at its best.
 # - **The model does not fit: shard** over as few devices as it needs, and replicate that. Notebook 15 found why few:
 #   past the number of key/value heads, memory is spent on copies of them.
 # - **Across machines: replicate.** A network's latency, 65 sums a step, six messages each: here 12 ms a step for
