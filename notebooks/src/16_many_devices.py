@@ -553,8 +553,9 @@ assert waiting > 2 * CostModel().step
 # - **Expert parallelism** is for mixtures of experts, whose feed-forward networks are many, with few of them used for
 #   each token (Lepikhin et al. 2021, "GShard"). Whole experts go to different devices, and tokens are sent to theirs.
 #
-# vLLM has all of them, and names the first and the second as minillm does: `tensor_parallel_size`, and
-# `pipeline_parallel_size`. [docs/from_minillm_to_vllm.md](../docs/from_minillm_to_vllm.md) tells where to find them.
+# vLLM has all of them: its arguments are `tensor_parallel_size`, `pipeline_parallel_size` and
+# `enable_expert_parallel`. minillm has the first.
+# [docs/from_minillm_to_vllm.md](../docs/from_minillm_to_vllm.md) tells where to find the others.
 #
 # ## What to take along
 #
