@@ -40,7 +40,7 @@ plot_course_map()
 plt.show()
 
 # %% [markdown]
-# This notebook is stop 00; stop 16 is still to come. Each notebook names at its end the one before and the next.
+# This notebook is stop 00. Each notebook names at its end the one before and the next.
 #
 # ## 2 · A first text
 #

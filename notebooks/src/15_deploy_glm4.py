@@ -363,13 +363,30 @@ print(f"four cards: one model {several[4].tokens:,} tokens, two copies {2 * seve
 assert 2 * several[2].tokens > several[4].tokens
 
 # %% [markdown]
-# This section was arithmetic: minillm runs on one device so far, and says so rather than running slower in silence.
+# So far this was arithmetic. Does a model in two parts answer as a whole one? `tensor_parallel_size=2` starts a second
+# process. On a machine with two GPUs each gets one; here both compute on the CPU, as a stand-in for two cards. We ask
+# for float32, in which a sum that is rounded otherwise does not change a token. (Starting takes a few seconds.)
 
 # %%
-try:
-    LLM(MODEL, tensor_parallel_size=2)
-except MinillmError as error:
-    print(error)
+question = minillm.get_tokenizer(MODEL).apply_chat_template(conversation[:1], add_generation_prompt=True)["input_ids"]
+greedy = SamplingParams(temperature=0, max_tokens=32)
+
+
+def answer_by(ranks):
+    """The answer of so many processes, as tokens."""
+    with LLM(MODEL, tensor_parallel_size=ranks, dtype="float32", max_model_len=256) as parallel:
+        return parallel.generate([question], greedy, use_tqdm=False)[0].outputs[0].token_ids
+
+
+# %%
+if IS_STAND_IN:
+    answers = {ranks: answer_by(ranks) for ranks in (1, 2)}
+    assert answers[1] == answers[2]
+    print("one process and two write the same:", minillm.get_tokenizer(MODEL).decode(answers[2]))
+
+# %% [markdown]
+# How the matrices are cut, what the two tell each other, and what it costs is notebook
+# [16](16_many_devices.ipynb)'s subject.
 
 # %% [markdown]
 # ### Try it
@@ -976,6 +993,5 @@ if harmless("a") is not None:
 # </details>
 #
 # ---
-# **Back:** [14_serving](14_serving.ipynb) · **Next:** this is the last notebook for now. What lies past one device,
-# tensor parallelism among it, is being worked on. [docs/architecture.md](../docs/architecture.md) shows the whole
-# engine on one page, and [docs/benchmarks.md](../docs/benchmarks.md) what it reaches.
+# **Back:** [14_serving](14_serving.ipynb) · **Next:** [16_many_devices](16_many_devices.ipynb): one model on several
+# devices, or a copy on each.
