@@ -166,7 +166,8 @@ def test_the_loss_falls():
     assert all(map(math.isfinite, losses))
 
 
-def test_progress_bar_shows_loss_and_speed(capsys):
+def test_progress_bar_shows_loss_and_speed(capsys, monkeypatch):
+    monkeypatch.setattr("minillm.progress.SECONDS", 0.0)
     Trainer(small_decoder(), text_at, config()).train()
     shown = capsys.readouterr().err
     assert "loss" in shown
