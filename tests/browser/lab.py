@@ -26,6 +26,7 @@ SOURCES = {path.stem: path for path in sorted(ROOT.glob("notebooks/src/*.py"))}
 read_source = runpy.run_path(str(ROOT / "notebooks" / "build.py"))["read_source"]
 
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}
+SECONDS = 120
 
 
 @dataclass
@@ -89,7 +90,7 @@ def started(
             command, env=environment, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + SECONDS
         while not answers(url):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, f"it does not answer:\n{log.read_text()}"

@@ -20,7 +20,10 @@ IS_READY = f"() => window.jupyterapp && {NOTEBOOK}?.sessionContext?.session?.ker
 SOURCES = f"() => {NOTEBOOK}.content.widgets.map(cell => cell.model.sharedModel.getSource())"
 OUTPUTS = f"""() => {NOTEBOOK}.content.widgets
     .filter(cell => cell.model.type === "code").flatMap(cell => cell.model.outputs.toJSON())"""
-BYTES = """async image => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer()))"""
+FINGERPRINT = """async image => {
+    const digest = await crypto.subtle.digest("SHA-256", await (await fetch(image.src)).arrayBuffer());
+    return Array.from(new Uint8Array(digest)).join(" ");
+}"""
 HAS_FIGURE = """() => {
     const { top, bottom } = document.querySelector(".jp-WindowedPanel-outer").getBoundingClientRect();
     return [...document.querySelectorAll(".jp-OutputArea-output :is(img, svg)")]
@@ -33,9 +36,9 @@ FIRST_TIME = "preparing kernels for this machine"
 
 
 class Seen(NamedTuple):
-    """What an explorer shows: its picture's bytes, and its line of text."""
+    """What an explorer shows: the fingerprint of its picture's bytes, and its line of text."""
 
-    picture: bytes
+    picture: str
     line: str
 
 
@@ -105,9 +108,9 @@ class Explorer:
         return self.page.locator(f"[data-windowed-list-index='{self.cell}'] .jp-OutputArea")
 
     def see(self) -> Seen:
-        picture = self.root.locator("img.widget-image").evaluate(BYTES)
+        picture = self.root.locator("img.widget-image").evaluate(FINGERPRINT)
         line = self.root.locator(".widget-html .widget-html-content")
-        return Seen(bytes(picture), line.first.inner_text() if line.count() else "")
+        return Seen(picture, line.first.inner_text() if line.count() else "")
 
     def changed(self, do: Callable[[], None], *, picture: bool = True) -> Seen:
         """What it shows after something was done: another picture, or (where that may stay) another line."""

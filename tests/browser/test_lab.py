@@ -106,7 +106,7 @@ def test_blocks(shown):
 
 def test_schedule(shown):
     go_through_steps(shown)
-    assert shown.see().line.startswith(f"Step {shown.reading('step')}, ")
+    shown.until(lambda: shown.see().line.startswith(f"Step {shown.reading('step')}, "))
 
 
 def go_through_steps(shown):
