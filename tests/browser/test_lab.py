@@ -34,11 +34,13 @@ def lab(browser, tmp_path_factory):
 def running(open_page, lab, name):
     """A notebook, run whole; no cell has complained."""
     notebook = Notebook(open_page(f"{lab.url}/lab/tree/{name}?reset", **LOOKS))
-    notebook.run_all()
-    assert notebook.complaints() == []
-    yield notebook
-    assert notebook.complaints() == []
-    notebook.close()
+    try:
+        notebook.run_all()
+        assert notebook.complaints() == []
+        yield notebook
+        assert notebook.complaints() == []
+    finally:
+        notebook.close()
 
 
 @pytest.fixture(scope="module")

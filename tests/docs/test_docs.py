@@ -116,25 +116,55 @@ def urls(css: str) -> list[str]:
     return re.findall(r"url\(\s*['\"]?([^'\")]+)", css) + re.findall(r"@import\s+['\"]([^'\"]+)", css)
 
 
+# --- what a browser makes of it
+
+
+@pytest.fixture
+def visit(site, open_page, screenshots):
+    """Opens a page of the site and keeps a picture of it; only files may be asked for."""
+
+    def visit(path, name, **options):
+        page = open_page((site / path).as_uri(), **options)
+        page.wait_for_load_state()
+        page.screenshot(path=screenshots / f"site_{name}.png")
+        return page
+
+    return visit
+
+
 @needs_sphinx
-def test_a_browser_needs_no_network(site):
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        executable = shutil.which("chromium") or shutil.which("google-chrome")
-        if executable is None:
-            pytest.skip("there is no chromium and no google-chrome on this machine")
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto((site / "index.html").as_uri())
-        page.wait_for_url("**/docs/index.html")
-        page.goto((site / "notebooks" / "03_attention.html").as_uri())
-        page.wait_for_selector("mjx-container svg")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        browser.close()
-    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
-    assert wide <= 390, "a phone shows the page without scrolling sideways"
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_pages_are_read_on_any_screen(visit, scheme, width):
+    looks = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+    page = visit("index.html", f"index_{scheme}_{width}", **looks)
+    page.wait_for_url("**/docs/index.html")
+    page = visit("notebooks/03_attention.html", f"notebook_{scheme}_{width}", **looks)
+    page.wait_for_selector("mjx-container svg")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nobody scrolls sideways"
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
+
+
+@needs_sphinx
+def test_what_is_searched_for_is_found(visit, screenshots):
+    page = visit("docs/index.html", "docs")
+    page.fill("input[name=q]", "preemption")
+    page.press("input[name=q]", "Enter")
+    found = page.locator("#search-results li a[href*='11_continuous_batching']").first
+    found.wait_for()
+    page.screenshot(path=screenshots / "site_search.png")
+    found.click()
+    page.wait_for_url("**/notebooks/11_continuous_batching.html**")
+
+
+@needs_sphinx
+def test_the_glossary_leads_to_notebooks(visit):
+    page = visit("docs/glossary.html", "glossary")
+    assert page.locator("dt", has_text="注意力").count() > 0
+    page.locator("dd a[href*='03_attention']").first.click()
+    page.wait_for_url("**/notebooks/03_attention.html")
 
 
 def test_the_map_to_vllm_names_what_is_here():
