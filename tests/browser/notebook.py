@@ -71,6 +71,8 @@ class Notebook:
 
         Cells out of sight are not rendered, so that its height is known only on the way.
         """
+        for old in folder.glob(f"{name}_*.png"):
+            old.unlink()
         outer = self.page.locator(OUTER)
         step = outer.evaluate("outer => Math.floor(0.9 * outer.clientHeight)")
         top = count = 0

@@ -8,9 +8,11 @@ import runpy
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote, urljoin, urlsplit
 
 import lxml.html
@@ -121,7 +123,7 @@ def urls(css: str) -> list[str]:
 
 @pytest.fixture
 def visit(site, open_page, screenshots):
-    """Opens a page of the site and keeps a picture of it; only files may be asked for."""
+    """Opens a page as the file that it is, and keeps a picture of it."""
 
     def visit(path, name, **options):
         page = open_page((site / path).as_uri(), **options)
@@ -147,13 +149,24 @@ def test_pages_are_read_on_any_screen(visit, scheme, width):
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
 
 
+@pytest.fixture(scope="module")
+def served(site):
+    """The site's address on a server: a search reads the pages that it found, which a browser allows no file."""
+    handler = partial(SimpleHTTPRequestHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @needs_sphinx
-def test_what_is_searched_for_is_found(visit, screenshots):
-    page = visit("docs/index.html", "docs")
+def test_what_is_searched_for_is_found(served, open_page, screenshots):
+    page = open_page(f"{served}/docs/index.html")
     page.fill("input[name=q]", "preemption")
     page.press("input[name=q]", "Enter")
     found = page.locator("#search-results li a[href*='11_continuous_batching']").first
     found.wait_for()
+    page.wait_for_selector("#search-results p.context")
     page.screenshot(path=screenshots / "site_search.png")
     found.click()
     page.wait_for_url("**/notebooks/11_continuous_batching.html**")
