@@ -121,32 +121,30 @@ def urls(css: str) -> list[str]:
 # --- what a browser makes of it
 
 
-@pytest.fixture
-def visit(site, open_page, screenshots):
-    """Opens a page as the file that it is, and keeps a picture of it."""
-
-    def visit(path, name, **options):
-        page = open_page((site / path).as_uri(), **options)
-        page.wait_for_load_state()
-        page.screenshot(path=screenshots / f"site_{name}.png")
-        return page
-
-    return visit
-
-
 @needs_sphinx
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_pages_are_read_on_any_screen(visit, scheme, width):
-    looks = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
-    page = visit("index.html", f"index_{scheme}_{width}", **looks)
+def test_pages_are_read_on_any_screen(site, open_page, screenshots, scheme, width):
+    """As files: whoever built it needs no server."""
+    page = open_page((site / "index.html").as_uri(), viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.wait_for_url("**/docs/index.html")
-    page = visit("notebooks/03_attention.html", f"notebook_{scheme}_{width}", **looks)
+    page.screenshot(path=screenshots / f"site_index_{scheme}_{width}.png")
+    page.goto((site / "notebooks" / "03_attention.html").as_uri())
     page.wait_for_selector("mjx-container svg")
+    page.screenshot(path=screenshots / f"site_notebook_{scheme}_{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nobody scrolls sideways"
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
+
+
+@needs_sphinx
+def test_the_glossary_leads_to_notebooks(site, open_page, screenshots):
+    page = open_page((site / "docs" / "glossary.html").as_uri())
+    page.screenshot(path=screenshots / "site_glossary.png")
+    assert page.locator("dt", has_text="注意力").count() > 0
+    page.locator("dd a[href*='03_attention']").first.click()
+    page.wait_for_url("**/notebooks/03_attention.html")
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +168,6 @@ def test_what_is_searched_for_is_found(served, open_page, screenshots):
     page.screenshot(path=screenshots / "site_search.png")
     found.click()
     page.wait_for_url("**/notebooks/11_continuous_batching.html**")
-
-
-@needs_sphinx
-def test_the_glossary_leads_to_notebooks(visit):
-    page = visit("docs/glossary.html", "glossary")
-    assert page.locator("dt", has_text="注意力").count() > 0
-    page.locator("dd a[href*='03_attention']").first.click()
-    page.wait_for_url("**/notebooks/03_attention.html")
 
 
 def test_the_map_to_vllm_names_what_is_here():
