@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 SPHINX := $(BIN)/python -m sphinx -c docs -d docs/_build/doctrees -j $(JOBS) -q -W --keep-going
 
-.PHONY: demo test test-course lab notebooks assignments grade docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
+.PHONY: demo test test-browser test-course lab notebooks assignments grade docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -29,6 +29,12 @@ test: .venv/test
 # Every mistake that is planted in the assignments; `make test` grades some of each.
 test-course: .venv/test
 	$(PYTEST) --dist loadscope --all-mistakes tests/course
+
+# All notebooks in a real JupyterLab, the site, the server's page; screenshots/index.html shows what was seen.
+test-browser: .venv/test
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ test "$$(id -u)" = 0 && command -v apt-get && apt-get update && apt-get install -y chromium; } || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -rs tests/browser tests/docs tests/server/test_page.py
 
 lab: .venv/notebooks
 	$(BIN)/jupyter lab notebooks

@@ -8,9 +8,11 @@ import runpy
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote, urljoin, urlsplit
 
 import lxml.html
@@ -116,25 +118,56 @@ def urls(css: str) -> list[str]:
     return re.findall(r"url\(\s*['\"]?([^'\")]+)", css) + re.findall(r"@import\s+['\"]([^'\"]+)", css)
 
 
+# --- what a browser makes of it
+
+
 @needs_sphinx
-def test_a_browser_needs_no_network(site):
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        executable = shutil.which("chromium") or shutil.which("google-chrome")
-        if executable is None:
-            pytest.skip("there is no chromium and no google-chrome on this machine")
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto((site / "index.html").as_uri())
-        page.wait_for_url("**/docs/index.html")
-        page.goto((site / "notebooks" / "03_attention.html").as_uri())
-        page.wait_for_selector("mjx-container svg")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        browser.close()
-    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
-    assert wide <= 390, "a phone shows the page without scrolling sideways"
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_pages_are_read_on_any_screen(site, open_page, screenshots, scheme, width):
+    """As files: whoever built it needs no server."""
+    page = open_page((site / "index.html").as_uri(), viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.wait_for_url("**/docs/index.html")
+    page.screenshot(path=screenshots / f"site_index_{scheme}_{width}.png")
+    page.goto((site / "notebooks" / "03_attention.html").as_uri())
+    page.wait_for_selector("mjx-container svg")
+    page.screenshot(path=screenshots / f"site_notebook_{scheme}_{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nobody scrolls sideways"
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
+
+
+@needs_sphinx
+def test_the_glossary_leads_to_notebooks(site, open_page, screenshots):
+    page = open_page((site / "docs" / "glossary.html").as_uri())
+    page.screenshot(path=screenshots / "site_glossary.png")
+    assert page.locator("dt", has_text="注意力").count() > 0
+    page.locator("dd a[href*='03_attention']").first.click()
+    page.wait_for_url("**/notebooks/03_attention.html")
+
+
+@pytest.fixture(scope="module")
+def served(site):
+    """The site's address on a server: a search reads the pages that it found, which a browser allows no file."""
+    handler = partial(SimpleHTTPRequestHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@needs_sphinx
+def test_what_is_searched_for_is_found(served, open_page, screenshots):
+    page = open_page(f"{served}/docs/index.html")
+    page.fill("input[name=q]", "preemption")
+    page.press("input[name=q]", "Enter")
+    found = page.locator("#search-results li a[href*='11_continuous_batching']").first
+    found.wait_for()
+    page.wait_for_selector("#search-results p.context")
+    page.screenshot(path=screenshots / "site_search.png")
+    found.click()
+    page.wait_for_url("**/notebooks/11_continuous_batching.html**")
 
 
 def test_the_map_to_vllm_names_what_is_here():

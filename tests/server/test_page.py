@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import re
-import shutil
 import threading
 import time
 
@@ -255,46 +254,9 @@ def test_draining_ends_the_live_view(llm):
 # --- what a browser makes of it
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("there is no chromium and no google-chrome on this machine")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Opens the page; at the end nothing has been complained about and no other host was asked."""
-    contexts, complaints, asked = [], [], []
-
-    def open_page(server, **options):
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: asked.append((request.url, server.url)))
-        page.goto(server.url)
-        return page
-
-    open_page.complaints = complaints
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    for url, own in asked:
-        assert url.startswith((own, "data:"))
-
-
 @pytest.fixture
 def page(server, open_page):
-    page = open_page(server)
+    page = open_page(server.url)
     wait_until(page, "document.querySelector('#held').textContent.includes('held')")
     return page
 
@@ -496,7 +458,7 @@ def test_a_conversation_that_is_too_long_is_refused_by_the_real_server(page, ope
 
 def test_the_key_is_asked_for_and_sent(llm, open_page):
     with running(llm, api_keys=["secret"]) as server:
-        page = open_page(server)
+        page = open_page(server.url)
         page.wait_for_selector("#key-dialog[open]")
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
@@ -519,7 +481,7 @@ def test_the_key_is_asked_for_and_sent(llm, open_page):
 def test_a_model_without_a_template_continues_texts(llm, reference, open_page, monkeypatch):
     monkeypatch.setattr(llm.get_tokenizer(), "chat_template", None)
     with running(llm) as server:
-        page = open_page(server)
+        page = open_page(server.url)
         page.wait_for_selector("#notice:visible")
         assert "this model has no chat template" in page.inner_text("#notice")
         page.locator("#temperature").fill("0")
@@ -545,7 +507,7 @@ def test_a_page_that_nobody_sees_does_not_watch(page, server, monkeypatch):
 
 
 def test_it_can_be_used_by_keyboard_and_on_a_phone(server, open_page):
-    page = open_page(server, viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = open_page(server.url, viewport={"width": 390, "height": 844}, color_scheme="dark")
     wait_until(page, "document.querySelector('#held').textContent.includes('held')")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.evaluate("document.activeElement.id") == "text"
