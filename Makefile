@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX)
 # Two processes with a thread each: tiny models have nothing to share among threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test lab notebooks lint types bench-kernels bench-cpu bench-gpu clean
+.PHONY: demo test test-scale lab notebooks lint types bench-kernels bench-cpu bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -22,6 +22,9 @@ test: .venv/test
 	$(BIN)/minillm pull smollm2-135m
 	$(PYTEST) --dist loadscope --no-loadscope-reorder
 	$(PYTEST) -o addopts= --dist loadfile --nbval --nbval-current-env notebooks
+
+test-scale: .venv/test .venv/scale
+	$(BIN)/python -m pytest tests/scale -m scale
 
 lab: .venv/notebooks
 	$(BIN)/jupyter lab notebooks

@@ -94,7 +94,7 @@ def deployed(
     if "RAY_ADDRESS" not in os.environ:
         resolve(arguments["model"])  # once, before several replicas do it at the same time
     most = config.max_requests + SPARE_REQUESTS
-    deployment = ray_serve.deployment(Replica).options(  # type: ignore[attr-defined]
+    deployment = ray_serve.deployment(Replica).options(
         ray_actor_options=resources(arguments["device"], arguments["tensor_parallel_size"], scaling.most),
         max_ongoing_requests=most,
         health_check_period_s=HEALTH_PERIOD_SECONDS,

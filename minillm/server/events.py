@@ -12,7 +12,6 @@ from minillm.server.engine_thread import RequestStream
 from minillm.server.errors import told
 from minillm.server.service import abort
 
-
 DONE_EVENT = "data: [DONE]\n\n"
 
 
