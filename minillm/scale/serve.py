@@ -10,10 +10,11 @@ from typing import Any
 from uuid import uuid4
 
 from ray import serve as ray_serve
+from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from minillm.errors import ConfigError, MinillmError
+from minillm.errors import ConfigError
 from minillm.models.source import resolve
 from minillm.scale.cluster import connected, resources
 from minillm.scale.door import Door, door_app
@@ -107,14 +108,21 @@ def deployed(
     name = f"minillm-{uuid4().hex[:8]}"  # several may be served on a cluster
     ray_serve.start(proxy_location="Disabled")  # Ray's own door does not look into requests
     try:
-        handle = ray_serve.run(deployment.bind(arguments, config), name=name, route_prefix=None)
-        yield handle
-    except RuntimeError as error:
-        if isinstance(error, MinillmError):
-            raise
-        raise ConfigError(f"the replicas did not start: {error}") from error
+        yield _run(deployment.bind(arguments, config), name)
     finally:
         ray_serve.delete(name)
+
+
+def _run(application: Application, name: str) -> DeploymentHandle[Any]:
+    """Start an application and wait until it runs.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        return ray_serve.run(application, name=name, route_prefix=None)
+    except RuntimeError as error:
+        raise ConfigError(f"the replicas did not start: {error}") from error
 
 
 def _numbers(scaling: Scaling, seats: int) -> dict[str, Any]:
