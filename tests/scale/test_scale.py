@@ -118,7 +118,9 @@ def command(tmp_path_factory):
     log = tmp_path_factory.mktemp("scale") / "log"
     for _ in range(STARTS):
         with running(log) as command:
-            assert until(lambda: is_healthy(command.url) or command.process.poll() is not None, 300, 1.0), log.read_text()
+            assert until(lambda: is_healthy(command.url) or command.process.poll() is not None, 300, 1.0), (
+                log.read_text()
+            )
             if command.process.poll() is None:
                 yield command
                 return
