@@ -76,5 +76,5 @@ def resources(device: str, ranks: int, models: int, *, spare_cores: int = 0) -> 
             raise ConfigError(f"{models} replicas of {ranks} GPUs are more than the {there:g} here: take fewer")
         return {"num_cpus": 0, "num_gpus": ranks}
     cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    share = min(max(sum(cores) - spare_cores, 0.5) / models, max(cores))
+    share = min(max(sum(cores) - spare_cores, 0.0) / models, max(cores))
     return {"num_cpus": float(int(share)) if share >= 1 else share}

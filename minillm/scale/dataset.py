@@ -19,6 +19,10 @@ from minillm.scale.cluster import connected, resources
 
 READERS = {".jsonl": ray.data.read_json, ".json": ray.data.read_json, ".parquet": ray.data.read_parquet}
 
+SPARE_CORES = 2
+"""Of a cluster without GPUs: Ray's task that reads or writes, and its actor that leaves out finished rows, take one each;
+a job whose LLMs have taken all would wait for ever."""
+
 
 def generate_dataset(
     dataset: Dataset | str | Path,
@@ -70,7 +74,7 @@ def generate_dataset(
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=replicas),
-            **resources(device, tensor_parallel_size, replicas, spare_cores=1),  # one reads and writes
+            **resources(device, tensor_parallel_size, replicas, spare_cores=SPARE_CORES),
         )
         answered.context.checkpoint_config = CheckpointConfig(
             id_column, f"{folder}.finished", delete_checkpoint_on_success=False
