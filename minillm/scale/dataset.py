@@ -20,8 +20,8 @@ from minillm.scale.cluster import connected, resources
 READERS = {".jsonl": ray.data.read_json, ".json": ray.data.read_json, ".parquet": ray.data.read_parquet}
 
 SPARE_CORES = 2
-"""Of a cluster without GPUs: Ray's task that reads or writes, and its actor that leaves out finished rows, take one each;
-a job whose LLMs have taken all would wait for ever."""
+"""Of a cluster without GPUs: Ray's task that reads or writes takes one, and its actor that leaves out finished rows
+another; a job whose LLMs have taken all would wait for ever."""
 
 
 def generate_dataset(
