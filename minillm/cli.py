@@ -591,6 +591,21 @@ def serve(
     attention_backend: Attention = "auto",
     enforce_eager: EnforceEager = False,
     tensor_parallel_size: TensorParallelSize = 1,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="So many engines with the whole model each, on Ray (extra scale): on the cluster that RAY_ADDRESS "
+            "names, or on this machine. A request goes to the one that has computed its prompt's beginning.",
+        ),
+    ] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Of a number of replicas that follows the load (1).")
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="One is added where the others have more than --max-num-seqs requests each."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Accepted; no code from a model is ever executed.")
     ] = False,
@@ -598,7 +613,10 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM lets running requests end; a second stops."""
     engine, _ = _engine_arguments(locals())
-    with notes.status("importing PyTorch"):
+    is_on_ray = any(number is not None for number in (replicas, min_replicas, max_replicas))
+    if is_on_ray and "RAY_ADDRESS" not in os.environ:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so that Ray listens on 127.0.0.1 only, on Linux too
+    with notes.status("importing PyTorch and Ray" if is_on_ray else "importing PyTorch"):
         from minillm.server.serve import check_port, load, read_chat_template
         from minillm.server.serve import serve as run_server
         from minillm.server.service import ServerConfig
@@ -616,6 +634,12 @@ def serve(
         trust_request_chat_template,
     )
     arguments = engine | {"gpu_memory_utilization": gpu_memory_utilization, "trust_remote_code": trust_remote_code}
+    if is_on_ray:
+        from minillm.scale.serve import Scaling
+        from minillm.scale.serve import serve as serve_replicas
+
+        scaling = Scaling.of(replicas, min_replicas, max_replicas)
+        raise typer.Exit(serve_replicas(arguments, config, scaling, host=host, port=port, drain_seconds=drain_seconds))
     with load(**arguments) as llm:
         status = run_server(llm, config, host=host, port=port, drain_seconds=drain_seconds)
     raise typer.Exit(status)

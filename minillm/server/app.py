@@ -6,7 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Protocol, TypeVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -239,10 +239,20 @@ async def metrics(service: Serving) -> Response:
 # --- the whole
 
 
+class Guarded(Protocol):
+    """What stands behind a `Gate`: a `Service`, or what hands requests on to several."""
+
+    config: ServerConfig
+    num_in_flight: int
+
+    def check_in_flight(self) -> None:
+        """Raise MinillmError where no more requests are taken now."""
+
+
 class Gate:
     """Before everything: the API key, the size of the body and how long it may take, and how many are in flight."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Guarded) -> None:
         self.app = app
         self._service = service
         self._keys = [key.encode() for key in service.config.api_keys]

@@ -12,6 +12,8 @@ from minillm.server.engine_thread import RequestStream
 from minillm.server.errors import told
 from minillm.server.service import abort
 
+DONE_EVENT = "data: [DONE]\n\n"
+
 
 class EventStream(StreamingResponse):
     """Server-sent events; whatever ends it stops the requests behind it.
@@ -38,5 +40,10 @@ async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
         async for chunk in chunks:
             yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
     except Exception as error:
-        yield f"data: {told(error).model_dump_json()}\n\n"
-    yield "data: [DONE]\n\n"
+        yield error_event(error)
+    yield DONE_EVENT
+
+
+def error_event(error: Exception) -> str:
+    """That an answer cannot be written to its end."""
+    return f"data: {told(error).model_dump_json()}\n\n"

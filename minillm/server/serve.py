@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from minillm.errors import ConfigError, MinillmError
 from minillm.llm import LLM
@@ -28,14 +28,35 @@ LAST_WORDS_SECONDS = 5
 """How long connections have to take what was written for them, when everything has ended."""
 
 
-class Server(uvicorn.Server):
+class Drainable(Protocol):
+    """What can be served: a `Service`, or what hands requests on to several."""
+
+    is_draining: bool
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing is, and nothing more will be, answered."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why nothing will be answered any more."""
+
+    def abort_all(self, reason: str) -> None:
+        """Stop everything; whoever waits is told the reason."""
+
+
+Served = TypeVar("Served", bound=Drainable)
+
+
+class Server(uvicorn.Server, Generic[Served]):
     """uvicorn, which goes on answering while it drains, and ends when the engine fails.
 
     Args:
+        app: whose `state.service` is what it serves.
         drain_seconds: how long running requests have, once it has been told to stop.
     """
 
-    def __init__(self, app: FastAPI, *, host: str, port: int, drain_seconds: float, log_level: str = "info") -> None:
+    def __init__(self, app: Starlette, *, host: str, port: int, drain_seconds: float, log_level: str = "info") -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -47,7 +68,7 @@ class Server(uvicorn.Server):
                 ws="none",
             )
         )
-        self.service: Service = app.state.service
+        self.service: Served = app.state.service
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
 
@@ -63,10 +84,10 @@ class Server(uvicorn.Server):
         """Ten times a second; True to end."""
         stop = await super().on_tick(counter)
         if self.force_exit:
-            self.service.engine.abort_all("the server was stopped")
+            self.service.abort_all("the server was stopped")
         elif self._deadline is not None and time.monotonic() > self._deadline:
-            self.service.engine.abort_all("the server is shutting down, and the answer took too long")
-        return stop or self.service.engine.error is not None or self.service.is_drained
+            self.service.abort_all("the server is shutting down, and the answer took too long")
+        return stop or self.service.error is not None or self.service.is_drained
 
     @property
     def url(self) -> str:
@@ -77,7 +98,7 @@ class Server(uvicorn.Server):
     @property
     def exit_status(self) -> int:
         """0 where all that was asked has been answered or told."""
-        return 1 if self.force_exit or self.service.engine.error is not None else 0
+        return 1 if self.force_exit or self.service.error is not None else 0
 
 
 def load(**arguments: Any) -> LLM:
@@ -97,14 +118,14 @@ def serve(llm: LLM, config: ServerConfig, *, host: str, port: int, drain_seconds
     Returns:
         The process's exit status: 0, or 1 where it was stopped at once or the engine failed.
     """
-    server = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds)
+    server: Server[Service] = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds)
     server.run()
     server.service.engine.join()  # uvicorn, told to stop at once, has not let the application do it
     return server.exit_status
 
 
 @contextlib.contextmanager
-def background(llm: LLM, config: ServerConfig, *, drain_seconds: float = 10.0) -> Iterator[Server]:
+def background(llm: LLM, config: ServerConfig, *, drain_seconds: float = 10.0) -> Iterator[Server[Service]]:
     """A server in a thread of this process, on a free port of this machine: for notebooks and tests.
 
     Meanwhile the engine is the server's, and nobody else may drive it. At the end clients have `LAST_WORDS_SECONDS`.
@@ -115,7 +136,9 @@ def background(llm: LLM, config: ServerConfig, *, drain_seconds: float = 10.0) -
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
-        server = Server(create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds, log_level="warning")
+        server: Server[Service] = Server(
+            create_app(llm, config), host=host, port=port, drain_seconds=drain_seconds, log_level="warning"
+        )
         thread = threading.Thread(target=server.run, args=([listener],), name=f"server on {port}", daemon=True)
         thread.start()
         try:

@@ -94,6 +94,15 @@ class Service:
         """Whether nothing is, and nothing more will be, answered."""
         return self.is_draining and not self.engine.num_unfinished
 
+    @property
+    def error(self) -> BaseException | None:
+        """What the engine has failed of."""
+        return self.engine.error
+
+    def abort_all(self, reason: str) -> None:
+        """Stop everything; whoever waits is told the reason."""
+        self.engine.abort_all(reason)
+
     def check_ready(self, num_answers: int = 0) -> None:
         """Raise EngineDeadError, ShuttingDownError or OverloadedError where so many answers will not be given now."""
         self.engine.check_alive()

@@ -1,0 +1,19 @@
+"""Replicas of the server, and offline batches, on Ray (needs the extra `scale`)."""
+
+from __future__ import annotations
+
+import os
+
+from minillm.errors import MissingExtraError
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody without being asked
+
+try:
+    import ray.data
+    import ray.serve  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("minillm.scale", "scale") from error
+
+from minillm.scale.dataset import generate_dataset
+
+__all__ = ["generate_dataset"]

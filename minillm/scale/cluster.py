@@ -1,0 +1,80 @@
+"""The Ray cluster: one that is there, or one on this machine that ends with the command."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from minillm.errors import ConfigError
+
+OBJECT_STORE_BYTES = 200 * 2**20
+"""Of a cluster on this machine, for what processes hand each other; requests and answers are small."""
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Inside, Ray is there: the cluster that `RAY_ADDRESS` names, or else a new one of this machine alone.
+
+    A connection that there is already stays.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or can only be reached in a way in which answers do not stream.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is Ray Client's: start the command on a machine of the cluster, with"
+            " RAY_ADDRESS=auto"
+        )
+    try:
+        if address == "local":
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+            )
+        else:
+            ray.init(address, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises no narrower one where its processes do not start in time
+        raise ConfigError(f"no Ray cluster can be had by RAY_ADDRESS={address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has a GPU somewhere."""
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def uses_gpus(device: str) -> bool:
+    """Whether models of this `device` argument go to GPUs: "auto" means the cluster's, not this machine's."""
+    return device.startswith("cuda") or (device == "auto" and has_gpus())
+
+
+def resources(device: str, ranks: int, models: int, *, spare_cores: int = 0) -> dict[str, float]:
+    """What each of so many models takes of the cluster: a GPU for each rank, or else its share of the cores.
+
+    Args:
+        spare_cores: which the models leave to other tasks.
+
+    Raises:
+        ConfigError: more GPUs than a cluster of this machine has; another may grow.
+    """
+    if uses_gpus(device):
+        there = ray.cluster_resources().get("GPU", 0)
+        if "RAY_ADDRESS" not in os.environ and models * ranks > there:
+            raise ConfigError(f"{models} replicas of {ranks} GPUs are more than the {there:g} here: take fewer")
+        return {"num_cpus": 0, "num_gpus": ranks}
+    cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    share = min(max(sum(cores) - spare_cores, 0.0) / models, max(cores))
+    return {"num_cpus": float(int(share)) if share >= 1 else share}

@@ -1,0 +1,91 @@
+"""Offline batches on Ray Data: the job is killed, and started again does only what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="needs the extra scale: pip install -e '.[scale]'")
+
+from minillm import LLM, SamplingParams
+from tests.scale.test_scale import ROOT, STARTS, did_not_start, environment, until
+
+pytestmark = pytest.mark.scale
+
+ROWS, PIECE, TOKENS = 96, 8, 48
+JOB = f"""
+import sys
+from minillm import SamplingParams
+from minillm.scale import generate_dataset
+params = SamplingParams(temperature=0, max_tokens={TOKENS}, ignore_eos=True)
+generate_dataset(*sys.argv[1:], sampling_params=params, rows_per_piece={PIECE}, dtype="float32", enforce_eager=True)
+"""
+
+
+def start(log: Path, *arguments: Path) -> subprocess.Popen:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", JOB, *map(str, arguments)],
+            cwd=ROOT,
+            env=environment() | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+            start_new_session=True,
+            stdout=file,
+            stderr=file,
+        )
+
+
+def run_until(happened: Callable[[], bool], log: Path, *arguments: Path) -> int | None:
+    """Run a job until something has happened, and then kill it; its exit status where it has ended before."""
+    for _ in range(STARTS):
+        job = start(log, *arguments)
+        try:
+            assert until(lambda: happened() or job.poll() is not None, 240, every=0.02), log.read_text()  # noqa: B023
+        finally:
+            status = job.poll()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+        if not did_not_start(log):
+            return status
+    pytest.fail(log.read_text())
+
+
+def written(folder: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in sorted(folder.glob("*.json*"))} if folder.exists() else {}
+
+
+def test_a_job_that_is_killed_goes_on_where_it_was(tmp_path, report):
+    prompts = {number: f"{number} children went to" for number in range(ROWS)}
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers"
+    source.write_text("".join(json.dumps({"id": at, "prompt": prompt}) + "\n" for at, prompt in prompts.items()))
+    begun = time.monotonic()
+    log = tmp_path / "log"
+    status = run_until(lambda: len(written(output)) >= 2, log, source, output)
+    assert status is None, f"it was to be killed in the middle: {log.read_text()}"
+    first_seconds = time.monotonic() - begun
+    before = written(output)
+    assert run_until(lambda: False, log, source, output) == 0, log.read_text()
+    after = written(output)
+    rows = [json.loads(line) for text in after.values() for line in text.splitlines()]
+    kept = [json.loads(line)["id"] for path in before.keys() & after.keys() for line in before[path].splitlines()]
+    seconds = time.monotonic() - begun - first_seconds
+    report("a job killed", f"{len(kept)} of {ROWS} rows kept; {first_seconds:.0f} s until then, {seconds:.0f} s after")
+    assert sorted(row["id"] for row in rows) == list(prompts)
+    assert len(kept) >= PIECE
+    assert all(after[path] == before[path] for path in before.keys() & after.keys())
+    with LLM("tiny", dtype="float32", enforce_eager=True, device="cpu") as llm:
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        outputs = llm.generate(list(prompts.values()), params, use_tqdm=False)
+    assert {row["id"]: row["generated_text"] for row in rows} == {
+        at: output.outputs[0].text for at, output in zip(prompts, outputs, strict=True)
+    }
+    assert {row["finish_reason"] for row in rows} == {"length"}
