@@ -19,6 +19,7 @@ ABOUT = {
     "cli": (PLAIN, "the commands: generate, chat, serve, pull, env, bench", "00"),
     "environment": (PLAIN, "what minillm env tells", ""),
     "server": (ORANGE, "the online door: OpenAI's interface over HTTP", "14, 15"),
+    "scale": (ORANGE, "replicas and datasets on Ray", "16"),
     "bench": (PINK, "measurements that print a table", "10, 13"),
     "course": (PINK, "checks for the assignments", ""),
     "viz": (PINK, "figures and explorers for notebooks", "all"),
