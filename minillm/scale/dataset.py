@@ -115,7 +115,7 @@ def _check(rows: Dataset, *columns: str) -> None:
         raise ConfigError("only a dataset that Ray Data reads from files can be resumed: write yours to some first")
     schema = rows.schema()
     if schema is not None and not isinstance(schema.base_schema, pyarrow.Schema):
-        raise ConfigError("Ray Data can resume Arrow's tables only, and these are pandas': read them without lines=True")
+        raise ConfigError("Ray Data resumes Arrow's tables only, and these are pandas': read them without lines=True")
     there = rows.columns() or []
     for column in columns:
         if column not in there:
