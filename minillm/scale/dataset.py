@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,16 @@ def _read(path: Path) -> Dataset:
     reader = ray.data.read_parquet if path.is_dir() else READERS.get(path.suffix)
     if reader is None:
         raise ConfigError(f"{path.name} is no dataset: give .jsonl or .parquet")
-    return reader(str(path), **({"lines": True} if reader is ray.data.read_json else {}))
+    return reader(str(path))
 
 
 def _check(rows: Dataset, *columns: str) -> None:
     """Raise ConfigError where rows have no such columns, or could not be told apart from those of another run."""
-    with contextlib.suppress(Exception):
-        if not rows.input_files():
-            raise ConfigError("only a dataset that Ray Data reads from files can be resumed: write yours to some first")
+    if not rows.input_files():
+        raise ConfigError("only a dataset that Ray Data reads from files can be resumed: write yours to some first")
+    schema = rows.schema()
+    if schema is not None and not isinstance(schema.base_schema, pyarrow.Schema):
+        raise ConfigError("Ray Data resumes Arrow's tables only, and these are pandas': read them without lines=True")
     there = rows.columns() or []
     for column in columns:
         if column not in there:

@@ -30,7 +30,7 @@ HAS_FIGURE = """() => {
         .map(figure => figure.getBoundingClientRect())
         .some(place => place.height > 50 && place.top < bottom && place.bottom > top);
 }"""
-SECONDS = 600
+SECONDS = 1200
 FIRST_TIME = "preparing kernels for this machine"
 """What is told once in a while, on purpose."""
 
@@ -53,7 +53,7 @@ class Notebook:
         self.page.wait_for_function(IS_READY, timeout=120_000)
         self.page.click("#jp-MainMenu >> text=Run")
         self.page.click("li[data-command='runmenu:run-all']")
-        self.page.wait_for_function(IS_DONE, timeout=1000 * SECONDS)
+        self.page.wait_for_function(IS_DONE, timeout=1000 * SECONDS, polling=300)
 
     def complaints(self) -> list[str]:
         """Errors and what was written to stderr, by any cell."""
