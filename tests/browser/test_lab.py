@@ -157,7 +157,10 @@ def test_notebook(open_page, lab, screenshots, stem):
 def move_everything(shown):
     """Each control changes what is seen."""
     for menu in shown.menus():
-        shown.changed(lambda menu=menu: shown.choose_next(menu), picture=shown.name != "explore_blocks")
+        if shown.name == "explore_blocks":  # it says what the button beside it will add
+            shown.choose_next(menu)
+        else:
+            shown.changed(lambda menu=menu: shown.choose_next(menu))
     move_sliders(shown)
     for box in shown.boxes():
         shown.changed(box.click)
