@@ -149,6 +149,9 @@ class Explorer:
     def menus(self) -> list[Any]:
         return self.root.locator("select").all()
 
+    def boxes(self) -> list[Any]:
+        return self.root.locator("input[type=checkbox]").all()
+
     def reading(self, slider: str) -> str:
         """The number beside a slider."""
         return self.slider(slider).locator(".widget-readout").inner_text()
