@@ -236,8 +236,9 @@ def plot_sampling(
         for label, is_kept in zip(panel.get_yticklabels(), kept, strict=True):
             label.set_color("black" if is_kept or len(samplings) > 1 else GREY)
         panel.invert_yaxis()
-        bits = f"{int((drawn > 0).sum()):,} of {len(own):,} tokens kept\nentropy {float(entropy_bits(drawn)) + 0.0:.2f} bits"
-        panel.set_title(f"{describe(sampling)}\n{bits}", fontsize=10)
+        bits = float(entropy_bits(drawn)) + 0.0  # no -0.0
+        told = f"{int((drawn > 0).sum()):,} of {len(own):,} tokens kept\nentropy {bits:.2f} bits"
+        panel.set_title(f"{describe(sampling)}\n{told}", fontsize=10)
         panel.set_xlabel("probability (%)")
         panel.spines[["top", "right"]].set_visible(False)
         longest = max(longest, float(before.max()), float(after.max()))
