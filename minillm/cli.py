@@ -614,8 +614,6 @@ def serve(
     """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM lets running requests end; a second stops."""
     engine, _ = _engine_arguments(locals())
     is_on_ray = any(number is not None for number in (replicas, min_replicas, max_replicas))
-    if is_on_ray and "RAY_ADDRESS" not in os.environ:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so that Ray listens on 127.0.0.1 only, on Linux too
     with notes.status("importing PyTorch and Ray" if is_on_ray else "importing PyTorch"):
         from minillm.server.serve import check_port, load, read_chat_template
         from minillm.server.serve import serve as run_server

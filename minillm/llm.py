@@ -6,6 +6,7 @@ import gc
 import itertools
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,12 +148,14 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_gpu_blocks_override=num_gpu_blocks_override,
         )
-        self._runner: ModelRunner | None = start_runner(config, tensor_parallel_size)
-        if gpu_memory_utilization is not None and self._runner.device.type == "cpu":
-            warnings.warn("gpu_memory_utilization decides nothing on a CPU: kv_cache_memory_bytes does", stacklevel=2)
         self.generation_config = _generation_config(path)
         """What the model's publisher recommends in generation_config.json, by `SamplingParams`' names."""
         self._end_ids = frozenset() if self._tokenizer is None else stop_token_ids(path, self._tokenizer)
+        self._runner: ModelRunner | None = start_runner(config, tensor_parallel_size)
+        if self._runner.leader is not None:  # its thread and processes do not go away with the object
+            weakref.finalize(self, self._runner.leader.close)
+        if gpu_memory_utilization is not None and self._runner.device.type == "cpu":
+            warnings.warn("gpu_memory_utilization decides nothing on a CPU: kv_cache_memory_bytes does", stacklevel=2)
         self._sizes = self._runner.sizes
         self.max_model_len = self._sizes.max_model_len
         self._pool = BlockPool(self._runner.kv.num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
@@ -283,8 +286,17 @@ class LLM:
 
     @property
     def decoder(self) -> Decoder:
-        """The model itself."""
-        return self._check_open().decoder
+        """The model itself.
+
+        Raises:
+            ConfigError: it is divided among several processes, and this one has a part of it.
+        """
+        runner = self._check_open()
+        if runner.leader is not None:
+            raise ConfigError(
+                "this model is divided among several processes: take tensor_parallel_size=1 to look into it"
+            )
+        return runner.decoder
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

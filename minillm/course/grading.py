@@ -125,6 +125,8 @@ def _grade_submission(course: Course, cell_seconds: int, student: str, name: str
         scores |= _autograde(course, cell_seconds, student, name)
     except AssignmentError as error:
         notes = (*notes, str(error))
+    except Exception as error:  # whatever a submission does to nbgrader, the others are graded
+        notes = (*notes, f"it cannot be graded: {type(error).__name__}: {error}")
     return Grade(student, name, scores, points, notes)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from minillm.cache.backends import attention_backend as choose_backend
 from minillm.engine.cuda_graphs import ladder
-from minillm.engine.parallel import Leader, follow
+from minillm.engine.parallel import Leader, follow, ignore_signals
 from minillm.engine.ranks import Crew, DistributedRanks, check_ranks, torchrun_rank
 from minillm.engine.runner import ModelRunner, num_kv_blocks
 from minillm.engine.scheduler import SchedulerConfig
@@ -55,6 +55,11 @@ def start_runner(config: RunnerConfig, tensor_parallel_size: int = 1) -> ModelRu
     if tensor_parallel_size == 1:
         return make_runner(config)
     size, device = tensor_parallel_size, resolve_device(config.device).type
+    if ":" in config.device:
+        raise ConfigError(
+            f"device {config.device!r} and tensor_parallel_size={size}: each rank takes the GPU of its number; give "
+            "device='cuda', and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
     check_ranks(size, device)
     shard_config(read_decoder_config(Path(config.path))[1], size)
     place = torchrun_rank()
@@ -64,10 +69,12 @@ def start_runner(config: RunnerConfig, tensor_parallel_size: int = 1) -> ModelRu
     try:
         if crew is not None:
             crew.wait_for_all()
-        ranks = DistributedRanks(rank, size, None if crew is None else crew.store, device)
         with contextlib.nullcontext() if crew is None else crew.waiting():
+            ranks = DistributedRanks(rank, size, None if crew is None else crew.store, device)
             runner = make_runner(config, ranks)
             ranks.begin_work()
+        if crew is not None:
+            crew.started()
     except BaseException:
         if crew is not None:
             crew.kill()
@@ -75,6 +82,7 @@ def start_runner(config: RunnerConfig, tensor_parallel_size: int = 1) -> ModelRu
             ranks.close()
         raise
     if rank > 0:
+        ignore_signals()
         follow(runner, ranks)
         ranks.close()
         raise SystemExit(0)
@@ -129,7 +137,7 @@ def _device(asked: str, ranks: DistributedRanks | None) -> torch.device:
     device = resolve_device(asked)
     if ranks is None or device.type != "cuda":
         return device
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", ranks.rank)))
+    device = torch.device("cuda", ranks.rank if torchrun_rank() is None else int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
 

@@ -7,9 +7,11 @@ are, and all of the step's numbers behind each other. Then every rank computes i
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 from collections.abc import Iterator
 from enum import IntEnum
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from minillm.cache.block_table import Copy
 from minillm.cache.paged import PagedBatch
 from minillm.engine.ranks import BEAT_SECONDS, Crew, DistributedRanks, Traffic
+from minillm.errors import RankError
 
 if TYPE_CHECKING:
     from minillm.engine.runner import ModelRunner
@@ -46,6 +49,7 @@ class Leader:
 
     def __init__(self, ranks: DistributedRanks, crew: Crew | None) -> None:
         self.crew = crew
+        self.error: RankError | None = None
         self._ranks = ranks
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -53,13 +57,25 @@ class Leader:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Inside, all ranks compute; nothing else is sent meanwhile.
+        """Inside, all ranks compute; nothing else is sent meanwhile, and Ctrl-C waits.
 
         Raises:
             RankError: one of them has died, or does not answer.
         """
-        with self._lock, contextlib.nullcontext() if self.crew is None else self.crew.waiting():
-            yield
+        with self._lock, _interrupts_later():
+            self.check()
+            try:
+                with contextlib.nullcontext() if self.crew is None else self.crew.waiting():
+                    yield
+            except RankError as error:
+                self.error = error
+                raise
+            except BaseException as error:
+                # The others are somewhere else in the step: they cannot be spoken to any more.
+                self.error = RankError(f"rank 0 failed in the middle of a step: {error}")
+                if self.crew is not None:
+                    self.crew.kill()
+                raise
 
     @property
     def traffic(self) -> Traffic:
@@ -68,6 +84,8 @@ class Leader:
 
     def check(self) -> None:
         """Raise RankError where a rank has died."""
+        if self.error is not None:
+            raise self.error
         if self.crew is not None:
             self.crew.check()
 
@@ -103,7 +121,7 @@ class Leader:
             return
         self._closed.set()
         with self._lock, contextlib.suppress(RuntimeError):
-            if self.crew is None or self.crew.error is None:
+            if self.error is None and (self.crew is None or self.crew.error is None):
                 self._send(Command.STOP)
         if self.crew is not None:
             self.crew.close()
@@ -116,8 +134,31 @@ class Leader:
         """Let the others know that rank 0 is there, and see that they are, while there is nothing to compute."""
         while not self._closed.wait(BEAT_SECONDS):
             with contextlib.suppress(RuntimeError), self.turn():  # what is wrong, the next turn or check tells
-                self._send(Command.BEAT)
-                self._ranks.least(0)
+                if not self._closed.is_set():
+                    self._send(Command.BEAT)
+                    self._ranks.least(0)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back while the ranks are under way; what it does, it does at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # it only ever interrupts the main thread
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
+
+
+def ignore_signals() -> None:
+    """Leave Ctrl-C and SIGTERM to rank 0, which lets the others end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @torch.inference_mode()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import warnings
@@ -13,21 +13,21 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from minillm.engine.load import RunnerConfig, make_runner
-from minillm.engine.parallel import follow
-from minillm.engine.ranks import DistributedRanks, here
+from minillm.engine.parallel import follow, ignore_signals
+from minillm.engine.ranks import DistributedRanks, failure, here
 from minillm.errors import MinillmError
 
 
 def main() -> None:
     """Load this rank's part and follow rank 0; end when it does."""
     rank, size, port, device = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which then lets this one end
+    ignore_signals()
     warnings.simplefilter("ignore")  # rank 0 says the same
     arguments = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_rank_0, daemon=True).start()
     torch.set_num_threads(arguments.pop("threads"))
+    store = TCPStore("127.0.0.1", port, size, is_master=False)
     try:
-        store = TCPStore("127.0.0.1", port, size, is_master=False)
         store.set(here(rank), "")
         ranks = DistributedRanks(rank, size, store, device)
         runner = make_runner(RunnerConfig(**arguments), ranks)
@@ -35,6 +35,8 @@ def main() -> None:
         follow(runner, ranks)
         ranks.close()
     except (MinillmError, RuntimeError) as error:
+        with contextlib.suppress(RuntimeError):  # rank 0 may be gone, and the store with it
+            store.set(failure(rank), str(error))
         sys.exit(f"minillm, rank {rank}: {error}")
 
 

@@ -35,7 +35,10 @@ BEAT_SECONDS = 15.0
 LOOK_SECONDS = 0.5
 """How often rank 0 looks whether the processes that it started are alive."""
 LAST_SECONDS = 10.0
-"""How long a step may still wait when a rank is known to be dead."""
+"""How long ranks have to end when they have been told to; and how much longer than `STEP_SECONDS` a step may wait when
+a rank is known to be dead, before the process is ended."""
+LOOPBACK = {"darwin": {"GLOO_SOCKET_IFNAME": "lo0"}, "linux": {"GLOO_SOCKET_IFNAME": "lo"}}.get(sys.platform, {})
+"""Processes of one machine speak over this interface."""
 
 
 @dataclass
@@ -132,11 +135,13 @@ class Crew:
         self.error: RankError | None = None
         self._closed = False
         self._waits_since: float | None = None
+        self._dead_since = 0.0
         self.store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // size))
         arguments = {**arguments, "threads": torch.get_num_threads()}
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        self._lent = LOOPBACK if "GLOO_SOCKET_IFNAME" not in os.environ else {}
+        os.environ.update(self._lent)
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "minillm.engine.rank", str(rank), str(size), str(self.store.port), device],
@@ -165,9 +170,18 @@ class Crew:
             RankError: one has ended before.
         """
         names = [here(rank) for rank in range(1, len(self._processes) + 1)]
+        deadline = time.monotonic() + START_SECONDS
         while not self.store.check(names):
             self.check()
+            if time.monotonic() > deadline:
+                raise RankError(f"not all ranks have come within {START_SECONDS / 60:.0f} minutes: start again")
             time.sleep(LOOK_SECONDS / 10)
+
+    def started(self) -> None:
+        """All have found each other: this process's environment is as it was."""
+        for name in self._lent:
+            os.environ.pop(name, None)
+        self._lent = {}
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -182,8 +196,8 @@ class Crew:
             yield
         except RankError as error:
             # A collective notices an end before its process is gone.
-            deadline = time.monotonic() + LAST_SECONDS
-            while not self._find_dead() and time.monotonic() < deadline and "closed" in str(error):
+            deadline = time.monotonic() + 4 * LOOK_SECONDS
+            while not self._find_dead() and time.monotonic() < deadline:
                 time.sleep(LOOK_SECONDS / 10)
             self.error = self.error or error
             self.kill()
@@ -200,14 +214,16 @@ class Crew:
     def close(self) -> None:
         """Wait for the processes, which have been told to end."""
         self._closed = True
+        deadline = time.monotonic() + LAST_SECONDS
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(LAST_SECONDS)
+                process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
 
     def kill(self) -> None:
         """End the processes at once."""
         self._closed = True
+        self.started()
         torch.set_num_threads(self._threads)
         for process in self._processes:
             if process.poll() is None:
@@ -223,14 +239,18 @@ class Crew:
             status = process.poll()
             if status is not None and not self._closed and self.error is None:
                 how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+                if status > 0 and self.store.check([failure(rank)]):
+                    how = f"failed ({self.store.get(failure(rank)).decode()})"
+                self._dead_since = time.monotonic()
                 self.error = RankError(f"rank {rank} {how}: the model cannot go on without its part; start again")
         return self.error is not None
 
     def _look(self) -> None:
         """Notice ranks that end; where rank 0 hangs in a step because of that, end it."""
         while not self._closed:
-            since = self._waits_since
-            if self._find_dead() and since is not None and time.monotonic() - since > STEP_SECONDS + LAST_SECONDS:
+            dead, since = self._find_dead(), self._waits_since
+            patience = STEP_SECONDS + LAST_SECONDS
+            if dead and since is not None and time.monotonic() - max(since, self._dead_since) > patience:
                 print(f"minillm: {self.error}; a step has not come back", file=sys.stderr, flush=True)
                 os._exit(1)
             time.sleep(LOOK_SECONDS)
@@ -246,6 +266,11 @@ def torchrun_rank() -> tuple[int, int] | None:
 def here(rank: int) -> str:
     """The key under which a started process says that it is there."""
     return f"rank {rank} is here"
+
+
+def failure(rank: int) -> str:
+    """The key under which a started process says why it ends."""
+    return f"rank {rank} failed"
 
 
 def check_ranks(size: int, device: str) -> None:

@@ -7,6 +7,8 @@ import os
 from minillm.errors import MissingExtraError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody without being asked
+if "RAY_ADDRESS" not in os.environ:
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # a cluster of this machine: Ray listens on 127.0.0.1 only
 
 try:
     import ray.data

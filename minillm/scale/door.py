@@ -103,11 +103,14 @@ class Door:
                 messages = [message async for message in self._attempt(forwarded)]
         except (TimeoutError, RayError, ShuttingDownError, OverloadedError) as error:
             return error_response(503, error_body(503, str(error) or "no replica answers"))
-        return Response(status_code=messages[0]["status"])
+        return Response(status_code=messages[0]["status"] if messages else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """All replicas' figures, each with the label `replica`."""
-        found: list[list[Metric]] = await self._handle.broadcast("metrics").results_async()
+        """All replicas' figures, each with the label `replica`; 503 while one of them is ending."""
+        try:
+            found: list[list[Metric]] = await self._handle.broadcast("metrics").results_async()
+        except RayError as error:
+            return error_response(503, error_body(503, f"a replica does not answer: {error}"))
         registry = CollectorRegistry()
         registry.register(_Merged([family for families in found for family in families]))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

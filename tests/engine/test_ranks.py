@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -67,6 +68,38 @@ def test_two_processes_answer_as_one(alone):
     assert traffic.all_reduces - before["all_reduces"] == 1 + 2 * 6
     assert traffic.all_reduce_bytes - before["all_reduce_bytes"] == (1 + 2 * 6) * hidden * 4
     assert traffic.all_gathers - before["all_gathers"] == 1
+    assert not children()
+
+
+def test_ctrl_c_waits_for_the_ranks_and_the_engine_goes_on(alone):
+    with LLM("tiny", tensor_parallel_size=2, max_model_len=512, **SIZES) as llm:
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Once upon a time"] * 600, SamplingParams(max_tokens=400, ignore_eos=True), use_tqdm=False)
+        assert not llm.engine.unfinished
+        (output,) = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+        assert output.outputs[0].token_ids == alone[0][0][0]
+        with pytest.raises(ConfigError, match="divided among processes"):
+            _ = llm.decoder
+    assert not children()
+
+
+def test_a_failure_within_a_step_ends_all(monkeypatch):
+    with LLM("tiny", tensor_parallel_size=2, max_model_len=64, **SIZES) as llm:
+        monkeypatch.setattr(llm.engine.runner.decoder, "hidden", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate("Once", use_tqdm=False)
+        monkeypatch.undo()
+        with pytest.raises(RankError, match="rank 0 failed in the middle of a step"):
+            llm.generate("Once", use_tqdm=False)
+        assert not children()
+
+
+def test_nothing_is_left_of_an_llm_that_nobody_closed():
+    llm = LLM("tiny", tensor_parallel_size=2, max_model_len=64, **SIZES)
+    assert len(children()) == 1
+    del llm
+    gc.collect()
     assert not children()
 
 

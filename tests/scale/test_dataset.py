@@ -36,7 +36,7 @@ def start(log: Path, *arguments: Path) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-c", JOB, *map(str, arguments)],
             cwd=ROOT,
-            env=environment() | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+            env=environment(),
             start_new_session=True,
             stdout=file,
             stderr=file,
