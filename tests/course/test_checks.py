@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from minillm.cache.block_pool import BlockPool
 from minillm.course.checks import CheckError, check_close, check_equal, unchanged, without
 from minillm.errors import InvalidRequestError
+from minillm.training.translator import Translator
 from minillm.transformer import attention
 from minillm.transformer.attention import dot_product_attention
 
@@ -140,3 +141,10 @@ def test_what_is_given_must_stay_as_it_is():
 def test_closing_nothing_is_an_error():
     with pytest.raises(InvalidRequestError, match=r"no 'minillm\.cache:nothing'"), without("minillm.cache:nothing"):
         pass
+
+
+def test_a_class_method_is_closed_and_nothing_else_is_noticed():
+    with without("minillm.training.translator:Translator.load"):
+        pass
+    with pytest.raises(CheckError, match=r"Translator\.load"), without("minillm.training.translator:Translator.load"):
+        Translator.load()
