@@ -130,12 +130,12 @@ def compare(
 ) -> None:
     """Raise CheckError where a decision differs from the package's; `closed` of its methods must not be used."""
     what = {"free": "the number of free blocks", "budget": "step.budget", "returned": "what is returned"}
-    for scene in scenes:
-        expected = outcome(Scheduler, scene, decide)
-        with without(*(f"minillm.engine.scheduler:Scheduler.{name}" for name in closed)):
+    outcomes = [outcome(Scheduler, scene, decide) for scene in scenes]
+    with without(*(f"minillm.engine.scheduler:Scheduler.{name}" for name in closed)):
+        for scene, expected in zip(scenes, outcomes, strict=True):
             got = outcome(scheduler_class, scene, decide)
-        for field, mine, right in zip(Outcome._fields, got, expected, strict=True):
-            check_equal(mine, right, f"{scene}{told}.\n{what.get(field, field)}", hint=hint)
+            for field, mine, right in zip(Outcome._fields, got, expected, strict=True):
+                check_equal(mine, right, f"{scene}{told}.\n{what.get(field, field)}", hint=hint)
 
 
 def random_scenes(
@@ -162,8 +162,18 @@ def random_scenes(
     return scenes
 
 
-def check_refusal(scheduler_class: type[Scheduler], prompt: int, answer: int, blocks: int) -> None:
-    """Raise CheckError unless `add` takes what fits alone into so many blocks, and refuses what does not."""
+def check_refusals(scheduler_class: type[Scheduler], cases: Sequence[tuple[int, int, int]]) -> None:
+    """Raise CheckError unless `add` takes what fits alone, and refuses what does not.
+
+    Args:
+        cases: prompt tokens, max_tokens, and blocks that there are.
+    """
+    with without("minillm.engine.scheduler:Scheduler.add"):
+        for case in cases:
+            _check_refusal(scheduler_class, *case)
+
+
+def _check_refusal(scheduler_class: type[Scheduler], prompt: int, answer: int, blocks: int) -> None:
     pool = BlockPool(blocks, SIZE, enable_prefix_caching=False)
     scheduler = scheduler_class(SchedulerConfig(4, 16, 1000), pool)
     request = _request("a", prompt, pool, answer)
@@ -172,8 +182,7 @@ def check_refusal(scheduler_class: type[Scheduler], prompt: int, answer: int, bl
         f"{prompt} prompt tokens and max_tokens={answer} store {prompt + answer - 1} tokens, which need {needed} blocks"
     )
     try:
-        with without("minillm.engine.scheduler:Scheduler.add"):
-            scheduler.add(request)
+        scheduler.add(request)
     except InvalidRequestError as error:
         check(needed > blocks, f"{told}: there are {blocks}, so it must not be refused ({error})")
         check(bool(str(error)), "the InvalidRequestError should say what is wrong")
@@ -335,12 +344,15 @@ def goodput(simulation: Simulation) -> float:
     return kept / simulation.seconds
 
 
-def check_goodput(scheduler_class: type[Scheduler], seed: int, share: float) -> float:
-    """Raise CheckError unless its goodput is at least this share of the package's; return the share that it reached."""
+def check_goodput(scheduler_class: type[Scheduler], seed: int, share: float) -> None:
+    """Raise CheckError unless its goodput is at least this share of the package's; print what it reached.
+
+    Nothing is returned: nbgrader takes a number that a tests cell ends with for the points.
+    """
     arrivals = traffic(seed)
     best = goodput(on_clock(Scheduler, arrivals))
     with without(*ANSWERS):
         mine = goodput(on_clock(scheduler_class, arrivals))
     told = f"{mine:.2f} requests a second keep the promises, {mine / best:.0%} of the package's {best:.2f}"
     check(mine >= share * best, f"{told}; {share:.0%} are asked for (traffic of seed {seed})")
-    return mine / best
+    print(told)

@@ -8,7 +8,7 @@ from minillm.course.checks import CheckError
 from minillm.course.scheduling import (
     Scene,
     check_goodput,
-    check_refusal,
+    check_refusals,
     compare,
     goodput,
     on_clock,
@@ -113,9 +113,9 @@ class EarlyRefusal(Scheduler):
 
 def test_refusals():
     with pytest.raises(CheckError, match="need 3 blocks, and there are 2"):
-        check_refusal(NoRefusal, prompt=6, answer=4, blocks=2)
+        check_refusals(NoRefusal, [(6, 4, 2)])
     with pytest.raises(CheckError, match="must not be refused"):
-        check_refusal(EarlyRefusal, prompt=6, answer=3, blocks=2)
+        check_refusals(EarlyRefusal, [(6, 3, 2)])
 
 
 class Static(Scheduler):

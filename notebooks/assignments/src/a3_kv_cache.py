@@ -382,22 +382,19 @@ closed_stores = ("minillm.cache.contiguous:ContiguousCache", "minillm.transforme
 
 
 class Watched:
-    """Your store, and a look at everything that it answers; the package's stores are closed meanwhile."""
+    """Your store, and a look at everything that it answers."""
 
     remembers = True
 
     def __init__(self, *sizes: Any) -> None:
-        with without(*closed_stores):
-            self.store = Store(*sizes)
+        self.store = Store(*sizes)
         self.reserved = [slots.data_ptr() for slots in (*self.store.keys, *self.store.values)]
 
     def begin(self, batch: PaddedBatch) -> None:
-        with without(*closed_stores):
-            self.store.begin(batch)
+        self.store.begin(batch)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with without(*closed_stores):
-            out = self.store.attend(layer, q, k, v)
+        out = self.store.attend(layer, q, k, v)
         check(isinstance(out, Tensor), f"attend returned {type(out).__name__}: is a return missing?")
         check_equal(tuple(out.shape), tuple(q.shape), "the shape of what attend returns", hint="It is that of q.")
         check_equal(out.dtype, q.dtype, "the dtype of what attend returns")
@@ -426,22 +423,24 @@ def check_chunks(config: DecoderConfig, rows: list[list[int]], cuts: list[tuple[
     """Feed `rows` by the store, cuts[pass][row] tokens at a time, and compare with reading everything at once."""
     model = Decoder(config).double()
     model.reset_parameters(std=0.5)  # so large that scores differ
-    store = Watched(config, len(rows), max(map(len, rows)), torch.float64)
-    seen = [0] * len(rows)
-    for lengths in cuts:
-        fed = [row[start : start + length] for row, start, length in zip(rows, seen, lengths, strict=True)]
-        batch = PaddedBatch(tuple(seen), lengths)
-        store.begin(batch)
-        logits = model(pad_right(fed), batch.positions(), store)
-        for row, (start, length) in enumerate(zip(seen, lengths, strict=True)):
-            whole = model(torch.tensor([rows[row][: start + length]]))[0, start:]
-            what = f"logits (row {row}, tokens {start} to {start + length - 1}, fed as {cuts})"
-            check_close(logits[row, :length], whole, what, rtol=1e-4, atol=1e-5, hint=hint)
-        seen = [start + length for start, length in zip(seen, lengths, strict=True)]
+    whole = [model(torch.tensor([row]))[0] for row in rows]
+    with without(*closed_stores):
+        store = Watched(config, len(rows), max(map(len, rows)), torch.float64)
+        seen = [0] * len(rows)
+        for lengths in cuts:
+            fed = [row[start : start + length] for row, start, length in zip(rows, seen, lengths, strict=True)]
+            batch = PaddedBatch(tuple(seen), lengths)
+            store.begin(batch)
+            logits = model(pad_right(fed), batch.positions(), store)
+            for row, (start, length) in enumerate(zip(seen, lengths, strict=True)):
+                right = whole[row][start : start + length]
+                what = f"logits (row {row}, tokens {start} to {start + length - 1}, fed as {cuts})"
+                check_close(logits[row, :length], right, what, rtol=1e-4, atol=1e-5, hint=hint)
+            seen = [start + length for start, length in zip(seen, lengths, strict=True)]
 
 
 hint = "Is every token written before anyone looks, with its own layer's tensors, and is the mask used?"
-with patch.dict(globals(), pieces), torch.inference_mode():
+with patch.dict(globals(), pieces), without(*closed_stores), torch.inference_mode():
     store = Watched(small_config(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2), 1, 4)
     store.begin(PaddedBatch(starts=(0,), lengths=(3,)))
     values = torch.tensor([[2.0, 0], [4, 0], [9, 0]])[None, :, None]
@@ -449,6 +448,7 @@ with patch.dict(globals(), pieces), torch.inference_mode():
     store.begin(PaddedBatch(starts=(3,), lengths=(1,)))
     q, k, v = (torch.tensor(numbers)[None, None, None] for numbers in ([5.0, 5], [0.0, 0], [1.0, 8]))
     check_close(store.attend(0, q, k, v).flatten(), torch.tensor([4.0, 2]), "what comes out by hand", hint=hint)
+with patch.dict(globals(), pieces):
     torch.manual_seed(0)
     prompts = [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8]]
     check_chunks(small_config(), prompts, [(4, 2), (1, 1), (1, 1)], hint)  # prompts, then a token at a time
@@ -642,7 +642,8 @@ def check_stories(beginnings: list[str], written: int) -> list[str]:
     prompts = [tokenizer(text).input_ids for text in beginnings]
     room = max(map(len, prompts)) + written
     expected = stories(prompts, ContiguousCache.for_decoder(tiny, len(prompts), room), written)
-    got = stories(prompts, Watched(tiny.config, len(prompts), room, torch.float64), written)
+    with without(*closed_stores):
+        got = stories(prompts, Watched(tiny.config, len(prompts), room, torch.float64), written)
     for text, mine, right in zip(beginnings, got, expected, strict=True):
         check_equal(mine, right, f"the tokens after {text!r}", hint="Do the checks of tasks 2 to 4 all pass?")
     return [text + tokenizer.decode(tokens) for text, tokens in zip(beginnings, got, strict=True)]

@@ -112,17 +112,17 @@ class Refusing(Scheduler):
 import random
 import secrets
 
-from minillm.course.scheduling import check_refusal
+from minillm.course.scheduling import check_refusals
 
-check_refusal(Refusing, prompt=6, answer=3, blocks=2)
-check_refusal(Refusing, prompt=6, answer=4, blocks=2)
-check_refusal(Refusing, prompt=30, answer=30, blocks=2)
+check_refusals(Refusing, [(6, 3, 2), (6, 4, 2), (30, 30, 2)])  # prompt tokens, max_tokens, blocks
 ### BEGIN HIDDEN TESTS
 rng = random.Random(secrets.randbits(32))
+cases = []
 for _ in range(100):
     prompt, answer = rng.randrange(1, 40), rng.randrange(1, 40)
     needed = -(-(prompt + answer - 1) // 4)
-    check_refusal(Refusing, prompt, answer, blocks=max(1, needed + rng.choice((-1, 0, 1))))
+    cases.append((prompt, answer, max(1, needed + rng.choice((-1, 0, 1)))))
+check_refusals(Refusing, cases)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -488,8 +488,7 @@ import secrets
 
 from minillm.course.scheduling import check_goodput
 
-share = check_goodput(MyScheduler, seed=1, share=0.5)
-print(f"{share:.0%} of the package's goodput")
+check_goodput(MyScheduler, seed=1, share=0.5)
 ### BEGIN HIDDEN TESTS
 check_goodput(MyScheduler, seed=secrets.randbits(32), share=0.5)
 ### END HIDDEN TESTS
