@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 SPHINX := $(BIN)/python -m sphinx -c docs -d docs/_build/doctrees -j $(JOBS) -q -W --keep-going
 
-.PHONY: demo test test-browser test-course test-scale lab notebooks assignments grade docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
+.PHONY: demo test test-browser test-course test-ranks test-scale lab notebooks assignments grade docs linkcheck lint types bench-kernels bench-cpu bench-gpu clean
 
 demo: .venv/notebooks
 	$(BIN)/minillm chat --quick "Tell me a story about Mia and a red kite." --stats
@@ -35,6 +35,10 @@ test-browser: .venv/test
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ test "$$(id -u)" = 0 && command -v apt-get && apt-get update && apt-get install -y chromium; } || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -rs tests/browser tests/docs tests/server/test_page.py
+
+# Tensor parallelism: every family of models by two processes.
+test-ranks: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_ranks.py -m "" -rP
 
 # Replicas on Ray.
 test-scale: .venv/test .venv/scale

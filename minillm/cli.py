@@ -709,7 +709,7 @@ class Writer:
             self.seconds = time.perf_counter() - start
             if self.new_tokens == 1:
                 self.first_seconds = self.seconds
-            assert token is not None  # one row: when it is finished, so are the steps
+            assert token is not None, "of one row: when it is finished, so are the steps"
             written.append(token)
             text = self._decode(written)
             if not text.endswith(HALF_A_CHARACTER):

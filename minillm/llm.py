@@ -78,8 +78,8 @@ class LLM:
         enable_prefix_caching: find the blocks of a prompt's beginning that another request had.
         max_num_seqs: requests in a step.
         max_num_batched_tokens: tokens in a step.
-        enforce_eager: take the plain way: no CUDA graphs of decode steps, on a CPU no weights laid out for its matrix
-            products.
+        enforce_eager: take the plain way: no CUDA graphs of decode steps (of several ranks there are none: in them a
+            rank that dies would not be noticed), on a CPU no weights laid out for its matrix products.
         attention_backend: "numba" (CPU), "triton" (CUDA), "reference" (PyTorch, anywhere), or "auto".
         device: "auto", "cpu" or "cuda".
         trace: record every step (`llm.trace`).

@@ -77,8 +77,7 @@ class Worker:
     def _exchange(self, message: bytes, timeout: float) -> bytes:
         """The line that comes back; empty where the process ended."""
         source, sink = self._process.stdout, self._process.stdin
-        assert source is not None
-        assert sink is not None
+        assert source is not None and sink is not None, "both are pipes"  # noqa: PT018
         with contextlib.suppress(BrokenPipeError):
             sink.write(message)
             sink.flush()
@@ -114,7 +113,7 @@ class Worker:
         """End the process and all that it started."""
         self._signal(signal.SIGCONT)
         for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
+            assert pipe is not None, "both are pipes"
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):

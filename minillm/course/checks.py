@@ -197,7 +197,7 @@ def _refusing_code(name: str, like: CodeType) -> CodeType:
     space: dict[str, Any] = {}
     exec(source, space)
     code = space["outer"]().__code__
-    assert isinstance(code, CodeType)
+    assert isinstance(code, CodeType), "a function's"
     return code
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -37,6 +38,8 @@ LOOK_SECONDS = 0.5
 LAST_SECONDS = 10.0
 """How long ranks have to end when they have been told to; and how much longer than `STEP_SECONDS` a step may wait when
 a rank is known to be dead, before the process is ended."""
+_torchrun_has_met = False
+"""Whether torchrun's processes have come together; they end with the model, and do so once."""
 LOOPBACK = {"darwin": {"GLOO_SOCKET_IFNAME": "lo0"}, "linux": {"GLOO_SOCKET_IFNAME": "lo"}}.get(sys.platform, {})
 """Processes of one machine speak over this interface."""
 
@@ -64,6 +67,8 @@ class DistributedRanks:
         patience = timedelta(seconds=START_SECONDS)
         with self._others():
             if store is None:  # torchrun's environment says where to meet
+                global _torchrun_has_met
+                _torchrun_has_met = True
                 dist.init_process_group(backend, timeout=patience)
             else:
                 dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
@@ -136,7 +141,7 @@ class Crew:
         self._closed = False
         self._waits_since: float | None = None
         self._dead_since = 0.0
-        self.store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        self.store = _store(size)
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // size))
         arguments = {**arguments, "threads": torch.get_num_threads()}
@@ -152,7 +157,7 @@ class Crew:
             for rank in range(1, size)
         ]
         for process in self._processes:
-            assert process.stdin is not None
+            assert process.stdin is not None, "it is a pipe"
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(arguments) + "\n")
                 process.stdin.flush()  # it stays open: its end tells the rank that rank 0 has died
@@ -256,6 +261,13 @@ class Crew:
             time.sleep(LOOK_SECONDS)
 
 
+def _store(size: int) -> TCPStore:
+    """Where ranks meet; by itself it would listen on all of the machine's addresses."""
+    door = socket.create_server(("127.0.0.1", 0))
+    port = door.getsockname()[1]
+    return TCPStore("127.0.0.1", port, size, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
+
+
 def torchrun_rank() -> tuple[int, int] | None:
     """This process's rank and how many there are, where `torchrun` has started it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -280,6 +292,8 @@ def check_ranks(size: int, device: str) -> None:
     if dist.is_initialized():
         raise ConfigError("torch.distributed is in use in this process already: close the other parallel model first")
     run = torchrun_rank()
+    if _torchrun_has_met:
+        raise ConfigError("torchrun's other processes ended with the first model: start the program again for another")
     if run is not None and run[1] != size:
         raise ConfigError(f"torchrun started {run[1]} ranks, and tensor_parallel_size={size}: they must be equal")
     if device == "cuda" and run is None and torch.cuda.device_count() < size:

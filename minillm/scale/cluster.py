@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import ray
 
@@ -75,6 +75,21 @@ def resources(device: str, ranks: int, models: int, *, spare_cores: int = 0) -> 
         if "RAY_ADDRESS" not in os.environ and models * ranks > there:
             raise ConfigError(f"{models} replicas of {ranks} GPUs are more than the {there:g} here: take fewer")
         return {"num_cpus": 0, "num_gpus": ranks}
-    cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    share = min(max(sum(cores) - spare_cores, 0.0) / models, max(cores))
-    return {"num_cpus": float(int(share)) if share >= 1 else share}
+    cores = [int(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+    return {"num_cpus": share_of_cores(cores, models, spare_cores)}
+
+
+def share_of_cores(cores: Sequence[int], models: int, spare: int = 0) -> float:
+    """The most cores that each of so many models can have, where each stays on one machine.
+
+    Args:
+        cores: of each machine.
+        spare: cores that are left over, one by one from the machine that then has most.
+    """
+    left = list(cores)
+    for _ in range(spare):
+        left[left.index(max(left))] = max(max(left) - 1, 0)
+    for share in range(max(left), 0, -1):
+        if sum(there // share for there in left) >= models:
+            return float(share)
+    return 1 / -(-models // sum(left)) if any(left) else 0.0

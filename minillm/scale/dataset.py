@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from minillm.engine.params import SamplingParams
 from minillm.errors import ConfigError, InvalidRequestError
 from minillm.llm import LLM
 from minillm.scale.cluster import connected, resources
+
+ANSWER = {
+    "generated_text": pyarrow.string(),
+    "generated_token_ids": pyarrow.list_(pyarrow.int64()),
+    "finish_reason": pyarrow.string(),
+}
+"""The columns that are added to a row."""
+
+PLACES = ("device", "tensor_parallel_size")
+"""Arguments that say where a job runs, not what it does."""
 
 READERS = {".jsonl": ray.data.read_json, ".json": ray.data.read_json, ".parquet": ray.data.read_parquet}
 
@@ -46,7 +57,7 @@ def generate_dataset(
 
     Args:
         dataset: read from files by Ray Data, or a path to files: .jsonl, .parquet, or a folder of parquet files.
-        output: a folder; another one for another model or other parameters.
+        output: a folder; another one for another model or other parameters, which are noted in `output` + ".job".
         prompt_column: of texts or token ids.
         id_column: of numbers or texts that are all different, by which rows are known again.
         replicas: LLMs, each in a process of its own.
@@ -54,7 +65,8 @@ def generate_dataset(
         arguments: `LLM`'s.
 
     Raises:
-        ConfigError: a dataset that cannot be read again or lacks a column.
+        ConfigError: a dataset that cannot be read again, lacks a column, or has one of the answers' names; an output
+            folder of another job.
         InvalidRequestError: several answers are asked for.
         RayTaskError: a prompt that cannot be answered; what was done before stays written.
     """
@@ -67,6 +79,8 @@ def generate_dataset(
     with connected():
         rows = dataset if isinstance(dataset, Dataset) else _read(Path(dataset))
         _check(rows, prompt_column, id_column)
+        job = {**arguments, "sampling_params": repr(sampling_params), "prompt": prompt_column, "id": id_column}
+        _note_job(folder, {name: str(value) for name, value in job.items() if name not in PLACES})
         answered = rows.repartition(target_num_rows_per_block=rows_per_piece).map_batches(
             Answers,
             fn_constructor_args=(arguments, sampling_params, prompt_column),
@@ -81,6 +95,24 @@ def generate_dataset(
         answered.write_json(str(folder))
 
 
+def _note_job(folder: Path, job: dict[str, str]) -> None:
+    """Raise ConfigError where another job has written to this folder; else note that this one does."""
+    note = Path(f"{folder}.job")
+    if not note.exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(job, indent=1), encoding="utf-8")
+        return
+    before = json.loads(note.read_text(encoding="utf-8"))
+    other = [name for name in {**before, **job} if before.get(name) != job.get(name)]
+    if other:
+        told = ", ".join(
+            f"{name} was {before.get(name, 'not given')}, now {job.get(name, 'not given')}" for name in other
+        )
+        raise ConfigError(
+            f"{folder} holds answers of another job ({told}): name another folder, or delete it and {note}"
+        )
+
+
 class Answers:
     """An LLM in an actor of Ray Data: a table of prompts to a table with answers."""
 
@@ -90,14 +122,16 @@ class Answers:
         self._column = prompt_column
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        rows = table.to_pylist()
-        outputs = self._llm.generate([row[self._column] for row in rows], self._params, use_tqdm=False)
-        for row, output in zip(rows, outputs, strict=True):
-            (answer,) = output.outputs
-            row["generated_text"] = answer.text
-            row["generated_token_ids"] = list(answer.token_ids)
-            row["finish_reason"] = answer.finish_reason
-        return pyarrow.Table.from_pylist(rows)
+        outputs = self._llm.generate(table[self._column].to_pylist(), self._params, use_tqdm=False)
+        answers = [output.outputs[0] for output in outputs]
+        columns = [
+            [answer.text for answer in answers],
+            [list(answer.token_ids) for answer in answers],
+            [answer.finish_reason for answer in answers],
+        ]
+        for (name, kind), values in zip(ANSWER.items(), columns, strict=True):
+            table = table.append_column(name, pyarrow.array(values, kind))
+        return table
 
 
 def _read(path: Path) -> Dataset:
@@ -120,3 +154,6 @@ def _check(rows: Dataset, *columns: str) -> None:
     for column in columns:
         if column not in there:
             raise ConfigError(f"the dataset has no column {column!r}: it has {', '.join(there)}")
+    for column in ANSWER:
+        if column in there:
+            raise ConfigError(f"the dataset has a column {column!r}, which the answers would have: rename it")

@@ -80,8 +80,8 @@ class Door:
     def abort_all(self, reason: str) -> None:
         """Stop everything; whoever waits is told the reason."""
         self._stopped = reason
-        for task in self._tasks:
-            task.cancel()
+        while self._tasks:  # each once: a second time would cut off what it tells its client
+            self._tasks.pop().cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

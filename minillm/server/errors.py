@@ -84,13 +84,13 @@ async def _on_error(_: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+    assert isinstance(error, HTTPException), "registered for it"
     headers = dict(error.headers) if error.headers else None
     return error_response(error.status_code, error_body(error.status_code, str(error.detail)), headers)
 
 
 async def _on_invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+    assert isinstance(error, RequestValidationError), "registered for it"
     message, param = explain(error.errors())
     return error_response(400, error_body(400, message, param=param))
 

@@ -256,7 +256,7 @@ def _label_points(axes: Axes, points: Float[Tensor, "tokens 2"], words: Sequence
                     best = covered, x, y, box
             if best and best[0] == 0:
                 break
-        assert best is not None
+        assert best is not None, "there are places to try"
         taken.append(best[3])
         x, y = axes.transData.inverted().transform(best[1:3]).tolist()
         mark: tuple[float, float] = (float(points[number, 0]), float(points[number, 1]))

@@ -18,7 +18,7 @@ from minillm.models.tokenizer import get_tokenizer, stop_token_ids
 from minillm.transformer.decoder import Decoder
 from minillm.viz.style import png
 
-LOOKS: Mapping[str, Any] = {"style": {"description_width": "160px"}, "layout": {"width": "480px"}}
+LOOKS: Mapping[str, Any] = {"style": {"description_width": "190px"}, "layout": {"width": "510px"}}
 """Of every control, so that those of one explorer stand in columns."""
 SLIDER: Mapping[str, Any] = {**LOOKS, "continuous_update": False}
 """Of a slider: a picture takes too long to follow every pixel of its way."""

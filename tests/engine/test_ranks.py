@@ -19,8 +19,8 @@ import transformers
 from minillm import LLM, BeamSearchParams, SamplingParams
 from minillm.engine import ranks
 from minillm.errors import ConfigError, RankError
-from tests.helpers import randomise
-from tests.models.families import SMALL
+from tests.helpers import TokenComparison, randomise, reference_greedy
+from tests.models.families import FAMILIES, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["Once upon a time", "Once upon a time there was a cat", "One sunny morning Mia", "Sam"] * 2
@@ -69,6 +69,27 @@ def test_two_processes_answer_as_one(alone):
     assert traffic.all_reduce_bytes - before["all_reduce_bytes"] == (1 + 2 * 6) * hidden * 4
     assert traffic.all_gathers - before["all_gathers"] == 1
     assert not children()
+
+
+def check_family(name, folder, report, device):
+    """Two ranks write what transformers does, with so little memory that some are preempted."""
+    reference = FAMILIES[name](folder)
+    prompts = [[token % 160 for token in range(7 * at, 8 * at + 1 + 9 * (at % 7))] for at in range(20)]
+    sizes = {"dtype": "float32", "device": device, "max_num_seqs": 20, "max_model_len": 100}
+    sizes |= {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 64}
+    compared = TokenComparison()
+    with LLM(folder, skip_tokenizer_init=True, tensor_parallel_size=2, **sizes) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+        assert llm.engine.counts.num_preemptions > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        compared.add(output.outputs[0].token_ids, *reference_greedy(reference, prompt, 24))
+    report(f"two ranks x family, {device}", f"{name:34} {compared}")
+
+
+@pytest.mark.ranks_all
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_processes_equal_transformers(name, tmp_path, report):
+    check_family(name, tmp_path, report, "cpu")
 
 
 def test_ctrl_c_waits_for_the_ranks_and_the_engine_goes_on(alone):

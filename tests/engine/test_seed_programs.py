@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from minillm import LLM, SamplingParams, get_tokenizer
-from tests.helpers import randomise
+from tests.helpers import TokenComparison, randomise, reference_greedy
 from tests.models.families import SMALL, write_chatglm
 from tests.tokenizers.test_tiktoken import write as write_tokenizer
 
@@ -18,10 +18,8 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """A small random model in GLM-4's published layout, with its vocabulary's size and a tokenizer of its form."""
-    folder = tmp_path_factory.mktemp("glm4")
-    write_tokenizer(folder, config={"chat_template": TEMPLATE})
+def reference():
+    """transformers' GLM, small and random, with GLM-4's vocabulary size."""
     config = transformers.GlmConfig(
         **(SMALL | {"vocab_size": 151_552, "max_position_embeddings": 131_072}),
         head_dim=8,
@@ -29,7 +27,15 @@ def path(tmp_path_factory):
     )
     model = transformers.GlmForCausalLM(config).eval()
     randomise(model)
-    write_chatglm(model, folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def path(reference, tmp_path_factory):
+    """The model in GLM-4's published layout, with a tokenizer of its form."""
+    folder = tmp_path_factory.mktemp("glm4")
+    write_tokenizer(folder, config={"chat_template": TEMPLATE})
+    write_chatglm(reference, folder)
     return folder
 
 
@@ -54,7 +60,7 @@ def test_the_first(path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_the_second(path, tp_size):
+def test_the_second(path, reference, tp_size):
     model = path
     tokenizer = get_tokenizer(model)
     llm = LLM(
@@ -70,4 +76,8 @@ def test_the_second(path, tp_size):
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     assert outputs[0].prompt_token_ids == ids
     assert ids.count(ids[0]) == 1
+    # What it writes is drawn; what it would write at temperature 0 is transformers'.
+    greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    (output,) = llm.generate(prompts=inputs, sampling_params=greedy)
+    TokenComparison().add(output.outputs[0].token_ids, *reference_greedy(reference, ids, 16))
     llm.close()

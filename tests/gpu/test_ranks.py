@@ -13,8 +13,7 @@ from minillm.engine import ranks
 from minillm.engine.params import BeamSearchParams, SamplingParams
 from minillm.errors import ConfigError, MinillmError
 from minillm.llm import LLM
-from tests.gpu.test_engine import PROMPTS, SIZES
-from tests.helpers import TokenComparison, reference_greedy
+from tests.engine.test_ranks import check_family
 from tests.models.families import FAMILIES
 
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
@@ -23,16 +22,7 @@ two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA
 @two
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks_equal_transformers(name, tmp_path, report):
-    reference = FAMILIES[name](tmp_path)
-    expected = [reference_greedy(reference, prompt, 24) for prompt in PROMPTS]
-    compared = TokenComparison()
-    sizes = SIZES | {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 64}
-    with LLM(tmp_path, skip_tokenizer_init=True, tensor_parallel_size=2, **sizes) as llm:
-        outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
-        assert llm.engine.counts.num_preemptions > 0
-    for output, (tokens, gaps) in zip(outputs, expected, strict=True):
-        compared.add(output.outputs[0].token_ids, tokens, gaps)
-    report("NCCL: two ranks x family", f"{name:34} {compared}")
+    check_family(name, tmp_path, report, "cuda")
 
 
 @two

@@ -17,6 +17,9 @@ import pytest
 pytest.importorskip("ray", reason="needs the extra scale: pip install -e '.[scale]'")
 
 from minillm import LLM, SamplingParams
+from minillm.errors import ConfigError
+from minillm.scale import generate_dataset
+from minillm.scale.cluster import share_of_cores
 from tests.scale.test_scale import ROOT, STARTS, did_not_start, environment, until
 
 pytestmark = pytest.mark.scale
@@ -89,3 +92,23 @@ def test_a_job_that_is_killed_goes_on_where_it_was(tmp_path, report):
         at: output.outputs[0].text for at, output in zip(prompts, outputs, strict=True)
     }
     assert {row["finish_reason"] for row in rows} == {"length"}
+    with pytest.raises(ConfigError, match=r"another job \(sampling_params was .*max_tokens=48.*now None"):
+        generate_dataset(source, output, dtype="float32", enforce_eager=True)
+    assert written(output) == after
+
+
+@pytest.mark.parametrize(
+    ("cores", "models", "spare", "share"),
+    [
+        ([2], 1, 0, 2.0),
+        ([2], 2, 0, 1.0),
+        ([2], 3, 0, 0.5),  # two on one core, one on the other
+        ([8], 3, 2, 2.0),
+        ([4, 4], 3, 0, 2.0),  # not 8 / 3: no machine has room for two of that
+        ([16, 2], 2, 0, 8.0),
+        ([3, 3], 2, 2, 2.0),
+        ([2], 1, 2, 0.0),
+    ],
+)
+def test_models_share_cores_machine_by_machine(cores, models, spare, share):
+    assert share_of_cores(cores, models, spare) == share
