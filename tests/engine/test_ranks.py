@@ -50,6 +50,8 @@ def children():
 def test_two_processes_answer_as_one(alone):
     with LLM("tiny", tensor_parallel_size=2, num_gpu_blocks_override=24, max_model_len=64, **SIZES) as llm:
         assert len(children()) == 1
+        sockets = [one for process in (psutil.Process(), *children()) for one in process.net_connections()]
+        assert {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN} <= {"127.0.0.1", "::1"}
         tokens, beams, outputs = answers(llm)
         traffic, counts = llm.engine.runner.leader.traffic, llm.engine.counts
         before, hidden = asdict(traffic), llm.engine.runner.decoder.config.hidden_size
@@ -187,9 +189,14 @@ def test_torchrun_starts_them_as_well(alone, tmp_path):
     program.write_text(
         "import json\n"
         "from minillm import LLM, SamplingParams\n"
+        "from minillm.errors import ConfigError\n"
         "with LLM('tiny', tensor_parallel_size=2, dtype='float32', device='cpu', max_model_len=64) as llm:\n"
         "    (output,) = llm.generate('Once upon a time', SamplingParams(temperature=0, max_tokens=24))\n"
         "print(json.dumps(output.outputs[0].token_ids))\n"
+        "try:\n"
+        "    LLM('tiny', tensor_parallel_size=2, device='cpu')\n"
+        "except ConfigError as error:\n"
+        "    print(json.dumps(str(error)))\n"
     )
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)],
@@ -200,4 +207,6 @@ def test_torchrun_starts_them_as_well(alone, tmp_path):
         check=True,
         text=True,
     )
-    assert [json.loads(line) for line in ran.stdout.splitlines()] == [alone[0][0][0]]  # from rank 0 alone
+    tokens, error = [json.loads(line) for line in ran.stdout.splitlines()]  # of rank 0 alone
+    assert tokens == alone[0][0][0]
+    assert "ended with the first model" in error
