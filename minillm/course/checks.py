@@ -87,7 +87,7 @@ def without(*names: str) -> Iterator[None]:
     is not written in Python is replaced in its module or class only. Whoever catches the error gets it again at the
     end, and loading a module anew is noticed there. What is copied as text is not seen.
 
-    It takes some 50 ms to begin: put it around a loop, not into it.
+    It takes some 100 ms to begin: put it around a loop, not into it.
 
     Raises:
         InvalidRequestError: there is nothing of that name.
