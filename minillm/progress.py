@@ -24,9 +24,8 @@ def progress(iterable: Iterable[Any] | None = None, *, show: bool = True, **opti
         show: False for none, ever.
         options: tqdm's.
     """
-    # Said only to hide it: what is said here outranks the environment.
-    hidden = {} if show else {"disable": True}
-    return tqdm(iterable, delay=SECONDS, **hidden, **options)
+    # tqdm's bars for notebooks do not look at the environment.
+    return tqdm(iterable, delay=SECONDS, disable=not show or _is_silent(), **options)
 
 
 @contextlib.contextmanager
@@ -42,5 +41,9 @@ def note(text: str) -> Iterator[None]:
 
 def _say(text: str) -> None:
     is_seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-    if is_seen and not os.environ.get("TQDM_DISABLE"):
+    if is_seen and not _is_silent():
         print(text, file=sys.stderr)
+
+
+def _is_silent() -> bool:
+    return bool(os.environ.get("TQDM_DISABLE"))

@@ -24,6 +24,9 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 600
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "COLUMNS": "100", "TQDM_DISABLE": "1"}
+"""Of those kernels whose outputs are kept or compared: a laptop without a GPU, and no progress bars, which come and go
+with the time that something takes."""
 WIDGET_ID = r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"  # also behind IPY_MODEL_
 
 
@@ -44,9 +47,7 @@ def build(path: Path) -> Path:
     """Execute one notebook and write it beside the folder of sources."""
     notebook = read_source(path)
     metadata = dict(notebook["metadata"])
-    # No GPU is asked for: the committed outputs are those of a laptop.
-    # And no progress bars, which come and go with the time that something takes.
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", COLUMNS="100", TQDM_DISABLE="1")
+    os.environ.update(ENVIRONMENT)
     where = {"metadata": {"path": str(HERE)}}
     NotebookClient(notebook, timeout=SECONDS, record_timing=False, resources=where).execute()
     widgets = notebook["metadata"].get("widgets")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tqdm.notebook
 
 import minillm.progress
 from minillm.progress import note, progress
@@ -74,3 +75,10 @@ def test_an_environment_without_bars_has_none():
             [sys.executable, "-c", code], env={**os.environ, "TQDM_DISABLE": disabled}, capture_output=True, check=True
         )
         assert bool(done.stderr) == said
+
+
+@pytest.mark.parametrize("silenced", ["1", ""])
+def test_nor_has_it_bars_for_notebooks(silenced, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", silenced)
+    monkeypatch.setattr(minillm.progress, "tqdm", tqdm.notebook.tqdm)
+    assert progress(range(4)).disable == bool(silenced)
