@@ -21,7 +21,7 @@
 # **New here**: so far one caller had all requests at once. Now clients come and go while the engine runs, and we ask
 # how many of them it can serve well.
 #
-# **Time**: about 75 minutes (it runs in about 30 s on two cores).
+# **Time**: about 75 minutes (it runs in about 50 s on two cores).
 
 # %%
 import asyncio
