@@ -72,7 +72,7 @@ def test_greedy_tokens_with_preemption(family, report):
         for output, (tokens, gaps) in zip(outputs, expected[first:], strict=True):
             compared.add(output.outputs[0].token_ids, tokens, gaps)
     assert hits > 0
-    report("paged engine x family (32 prompts x 4 settings, 8 x 2 of a token a step)", f"{name:34} {compared}; {preemptions} preemptions")
+    report("paged engine x family (32 prompts x 4 settings, 8 x 2)", f"{name:34} {compared}; {preemptions} preemptions")
 
 
 @torch.inference_mode()
