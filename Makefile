@@ -38,7 +38,7 @@ test-browser: .venv/test
 
 # Tensor parallelism: every family of models by two processes.
 test-ranks: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_ranks.py -m "" -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/test_ranks.py -m ""
 
 # Replicas on Ray.
 test-scale: .venv/test .venv/scale
