@@ -440,6 +440,7 @@ def check_hash(content_hash: ContentHash, seed: int) -> None:
         ("in another order", parent, tokens[1:] + tokens[:1]),
         ("with another last token", parent, [*tokens[:-1], tokens[-1] + 1]),
         ("with 2**32 added to a token", parent, [*tokens[:-1], tokens[-1] + 2**32]),
+        ("with 2**61 - 1 added to a token (Python's hash)", parent, [*tokens[:-1], tokens[-1] + 2**61 - 1]),
     )
     for what, other_parent, other_tokens in others:
         same = content_hash(other_parent, other_tokens) == one

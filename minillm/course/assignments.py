@@ -45,12 +45,15 @@ def grade_command(
     """Grade all that was handed in; write grades.csv and feedback."""
     course = Course.at(folder)
     grades = []
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("grading", total=len(submissions(course)))
-        for one in grade(course, cell_seconds=cell_seconds, jobs=jobs):
-            grades.append(one)
-            progress.update(bar, advance=1, description=f"{one.student}: {one.assignment}")
-    write_grades(course.root / "grades.csv", grades)
+    try:
+        with Progress(transient=True) as progress:
+            bar = progress.add_task("grading", total=len(submissions(course)))
+            for one in grade(course, cell_seconds=cell_seconds, jobs=jobs):
+                grades.append(one)
+                progress.update(bar, advance=1, description=f"{one.student}: {one.assignment}")
+    finally:  # what was graded before an end is kept
+        if grades:
+            write_grades(course.root / "grades.csv", grades)
     Console().print(_table(grades))
     print(f"{course.root / 'grades.csv'}\n{course.root / 'feedback'}")
 

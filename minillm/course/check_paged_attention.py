@@ -31,6 +31,7 @@ ANSWERS = (
     "torch.nn.functional:scaled_dot_product_attention",
     "torch.nn.functional:softmax",
     "torch:softmax",
+    "torch.special:softmax",
     "torch:logsumexp",
     "torch:Tensor.softmax",
     "torch:Tensor.logsumexp",

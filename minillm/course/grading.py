@@ -13,19 +13,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from nbconvert.preprocessors import ClearMetadataPreprocessor
+from nbconvert.filters import strip_ansi
+from nbconvert.preprocessors import ClearMetadataPreprocessor, CSSHTMLHeaderPreprocessor
 from nbgrader.api import Gradebook, MissingEntry
-from nbgrader.converters import Autograde
+from nbgrader.converters import Autograde, GenerateFeedback
 from nbgrader.preprocessors import (
     CheckCellMetadata,
+    ClearHiddenTests,
     ClearOutput,
     DeduplicateIds,
+    GetGrades,
     LimitOutput,
     NbGraderPreprocessor,
     OverwriteCells,
@@ -34,13 +38,17 @@ from nbgrader.preprocessors import (
 )
 from nbgrader.utils import capture_log, compute_checksum, temp_attrs
 from traitlets import List
+from traitlets.config import Config
 
 import minillm
+from minillm.course.copies import copies
 from minillm.course.execution import CarefulExecute
-from minillm.course.release import Course, reason, release
+from minillm.course.release import BEGIN_HIDDEN, Course, reason, release
 from minillm.errors import AssignmentError
 
 CELL_SECONDS = 60
+MEMORY = 8 * 2**30
+"""Bytes that a submission may ask for, on Linux: a list that grows without end is a MemoryError of its cell."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +84,18 @@ def grade(course: Course, *, cell_seconds: int = CELL_SECONDS, jobs: int = 1) ->
         jobs: so many submissions at a time.
 
     Raises:
-        AssignmentError: nothing was handed in, or a text is no assignment.
+        AssignmentError: nothing was handed in, a text is no assignment, or a grading process was ended from outside.
     """
     handed_in = submissions(course)
     release(course, sorted({name for _, name in handed_in if name in course.names}))
     spawn = multiprocessing.get_context("spawn")  # nbgrader changes the folder that it works in, so no threads
     with ProcessPoolExecutor(min(jobs, len(handed_in)), mp_context=spawn, initializer=_set_environment) as pool:
-        yield from pool.map(partial(_grade_submission, course, cell_seconds), *zip(*handed_in, strict=True))
+        try:
+            yield from pool.map(partial(_grade_submission, course, cell_seconds), *zip(*handed_in, strict=True))
+        except BrokenProcessPool as error:
+            raise AssignmentError(
+                "a process that graded was ended (by somebody, or because memory ran out): grade again, with fewer jobs"
+            ) from error
 
 
 def submissions(course: Course) -> list[tuple[str, str]]:
@@ -91,11 +104,12 @@ def submissions(course: Course) -> list[tuple[str, str]]:
     Raises:
         AssignmentError: there is nothing.
     """
+    # What file managers and archives leave behind begins with . or __.
     found = [
         (student.name, folder.name)
         for student in sorted((course.root / "submitted").glob("*"))
         for folder in (sorted(student.iterdir()) if student.is_dir() else [])
-        if not folder.name.startswith((".", "__"))  # what file managers and archives leave behind
+        if not any(one.name.startswith((".", "__")) for one in (student, folder))
     ]
     if not found:
         where = course.root / "submitted" / "STUDENT" / course.names[0] / f"{course.names[0]}.ipynb"
@@ -104,18 +118,24 @@ def submissions(course: Course) -> list[tuple[str, str]]:
 
 
 def _set_environment() -> None:
-    """Graded on a CPU, whatever the machine has; submissions run side by side, so each has one thread.
+    """Graded on a CPU, whatever the machine has; submissions run side by side, so each has one thread and some memory.
 
     Kernels import the minillm that grades, wherever they run.
     """
     os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     here, others = str(Path(minillm.__file__).parents[1]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{here}{os.pathsep}{others}" if others else here
 
 
 def _grade_submission(course: Course, cell_seconds: int, student: str, name: str) -> Grade:
     if name not in course.names:
-        return Grade(student, name, notes=(f"there is no assignment {name!r}: they are {', '.join(course.names)}",))
+        return Grade(student, name, notes=(_unknown(course, name),))
+    if set(student) & set("*?[]"):
+        return Grade(student, name, notes=("nbgrader finds no folder with one of *?[] in its name: rename it",))
     _forget(course, student, name)
     points = {cell["grade_id"]: float(cell["points"]) for cell in _cells(course.notebook("source", name), "grade")}
     scores = dict.fromkeys(points, 0.0)
@@ -128,6 +148,13 @@ def _grade_submission(course: Course, cell_seconds: int, student: str, name: str
     except Exception as error:  # whatever a submission does to nbgrader, the others are graded
         notes = (*notes, f"it cannot be graded: {type(error).__name__}: {error}")
     return Grade(student, name, scores, points, notes)
+
+
+def _unknown(course: Course, name: str) -> str:
+    meant = name.removesuffix(".ipynb")
+    if meant in course.names:
+        return f"{name} lies in the student's folder: put it into {meant}/"
+    return f"there is no assignment {name!r}: they are {', '.join(course.names)}"
 
 
 def _forget(course: Course, student: str, name: str) -> None:
@@ -147,8 +174,11 @@ def _autograde(course: Course, cell_seconds: int, student: str, name: str) -> di
         converter = CarefulAutograde(coursedir=api.coursedir, parent=api)
         converter.force = True
         result = capture_log(converter)
-    if result["success"]:
-        result = api.generate_feedback(name, student)
+        if result["success"]:
+            feedback = CarefulFeedback(coursedir=api.coursedir, parent=api)
+            feedback.update_config(Config({"HTMLExporter": {"template_name": "feedback"}}))
+            feedback.force = True
+            result = capture_log(feedback)
     if not result["success"]:
         raise AssignmentError(f"nbgrader cannot grade it: {reason(result)}")
     with Gradebook(api.coursedir.db_url) as gradebook:
@@ -157,7 +187,7 @@ def _autograde(course: Course, cell_seconds: int, student: str, name: str) -> di
 
 
 def _changes(course: Course, student: str, name: str) -> tuple[str, ...]:
-    """What a student did to cells that were not theirs.
+    """What a student did to cells that were not theirs, and what in theirs is the package's.
 
     Raises:
         AssignmentError: the notebook is missing or cannot be read.
@@ -170,6 +200,9 @@ def _changes(course: Course, student: str, name: str) -> tuple[str, ...]:
             notes.append(f"{grade_id} was deleted: " + ("0 points for it" if cell["grade"] else "put back"))
         elif not submitted[grade_id]["intact"]:
             notes.append(f"{grade_id} was changed: graded with the original")
+    for cell in nbformat.read(course.notebook("submitted", name, student), as_version=4).cells:
+        if cell.cell_type == "code" and not cell.metadata.get("nbgrader", {}).get("locked"):
+            notes.extend(f"{mine} is minillm's {theirs}, word for word" for mine, theirs in copies(cell.source))
     return tuple(notes)
 
 
@@ -225,6 +258,31 @@ class CarefulAutograde(Autograde):
         folder = self.coursedir.format_path(self.coursedir.source_directory, ".", told["assignment"])
         told["source"] = str(Path(folder) / f"{told['notebook']}.ipynb")
         return resources
+
+
+class HideTests(ClearHiddenTests):
+    """Takes hidden tests out of what students read: whoever may hand in again would learn them by heart.
+
+    Of a failing check the message stays, and the lines of the student's own functions that led there.
+    """
+
+    def preprocess_cell(self, cell: Any, resources: Any, cell_index: int) -> tuple[Any, Any]:
+        """The cell without its hidden tests, and its errors without lines of them."""
+        if BEGIN_HIDDEN in cell.source:
+            for error in (one for one in cell.outputs if one.output_type == "error"):
+                error.traceback = [part for part in error.traceback if not _is_of(part, cell.execution_count)]
+        return super().preprocess_cell(cell, resources, cell_index)
+
+
+def _is_of(part: str, number: int | None) -> bool:
+    """Whether a part of IPython's traceback shows lines of the cell of this number."""
+    return strip_ansi(part).startswith(f"Cell In[{number}]")
+
+
+class CarefulFeedback(GenerateFeedback):
+    """nbgrader's feedback without hidden tests."""
+
+    preprocessors = List([HideTests, GetGrades, CSSHTMLHeaderPreprocessor])
 
 
 def write_grades(path: Path, grades: list[Grade]) -> None:

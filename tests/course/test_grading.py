@@ -36,7 +36,7 @@ def double(x):
 # %% tags=["tests:double_tests:3"]
 assert double(2) == 4, f"double(2) is {double(2)}"
 ### BEGIN HIDDEN TESTS
-assert double(BASE) == 20
+assert double(BASE) == 20, f"double({BASE}) is {double(BASE)}"
 ### END HIDDEN TESTS
 
 # %% tags=["solution:triple"]
@@ -68,6 +68,8 @@ REPLACED = {
     "loops": (DOUBLE, "while True: pass", 0, 2),
     "stubborn": (DOUBLE, STUBBORN, 0, 2),
     "floods": (DOUBLE, "while True: print('x' * 1000)", 0, 2),
+    "hard_codes": (DOUBLE, "return 4", 0, 2),
+    "hoards": (DOUBLE, "rows = []\n    while True: rows.append(bytes(2**28))", 0, 2),
     "long_message": (DOUBLE, "raise ValueError('x' * 10_000_000)", 0, 2),
     "warns": (DOUBLE, "import sys; print('x' * 10_000_000, file=sys.stderr); return 2 * x", 3, 2),
     "edits_given": ("BASE = 10", "BASE = 'anything'", 3, 2),
@@ -156,6 +158,11 @@ def demo(tmp_path_factory):
     spoilt.cells[1].metadata["nbgrader"] = {"grade_id": "given", "schema_version": 99}
     hand_in(course, "spoilt", "demo", spoilt)
     hand_in(course, "elsewhere", "demmo", solved(course, "demo"))
+    hand_in(course, "Ann [7]", "demo", solved(course, "demo"))
+    (course.root / "submitted" / "flat").mkdir()
+    hand_in(course, "flat", "demo", solved(course, "demo")).rename(course.root / "submitted" / "flat" / "demo.ipynb")
+    (course.root / "submitted" / "flat" / "demo").rmdir()
+    hand_in(course, "__MACOSX", "ada", "what archives leave behind")
     grades = graded(course, cell_seconds=5)
     write_grades(course.root / "grades.csv", list(grades.values()))
     return course, grades
@@ -178,11 +185,14 @@ def test_a_cell_costs_its_own_points_only(demo, student):
         ("long_message", "cut here"),
         ("warns", "cut here"),
         ("untouched", "NotImplementedError"),
+        ("hard_codes", "double(10) is 4"),
+        ("hoards", "MemoryError"),
     ],
 )
 def test_the_feedback_says_what_happened_and_is_no_book(demo, student, message):
     text = feedback(demo[0], student, "demo")
     assert message in text
+    assert "double(BASE)" not in text  # a hidden test
     assert len(text) < 400_000
 
 
@@ -211,12 +221,14 @@ def test_the_instructor_is_told(demo, student, score, note):
 
 def test_an_unknown_assignment_is_told(demo):
     assert demo[1]["elsewhere", "demmo"].notes == ("there is no assignment 'demmo': they are demo",)
+    assert demo[1]["flat", "demo.ipynb"].notes == ("demo.ipynb lies in the student's folder: put it into demo/",)
+    assert "rename it" in demo[1]["Ann [7]", "demo"].notes[0]
 
 
 def test_the_table_of_grades_has_every_submission(demo):
     course, grades = demo
     rows = list(csv.DictReader((course.root / "grades.csv").open(encoding="utf-8")))
-    assert len(rows) == len(grades) == len(REPLACED) + 9
+    assert len(rows) == len(grades) == len(REPLACED) + 11
     told = next(row for row in rows if row["student"] == "deletes_tests")
     assert told | {"notes": ""} == {
         "student": "deletes_tests",
@@ -311,6 +323,16 @@ def classroom(request, tmp_path_factory):
     return course, graded(course, cell_seconds=600)  # other tests run beside this one
 
 
+def hidden_lines(name):
+    """Lines of hidden tests that stand nowhere else, as they are read in a page."""
+    hidden = re.findall(r"### BEGIN HIDDEN TESTS\n(.*?)### END HIDDEN TESTS", TEXTS[name].read_text("utf-8"), re.DOTALL)
+    lines = {line.strip() for text in hidden for line in text.splitlines()}
+    rest = re.sub(
+        r"### BEGIN HIDDEN TESTS\n(.*?)### END HIDDEN TESTS", "", TEXTS[name].read_text("utf-8"), flags=re.DOTALL
+    )
+    return [line for line in lines if len(line) > 12 and line not in rest]
+
+
 def mistaken(course, name, group):
     """The solved notebook with these mistakes in it."""
     notebook = solved(course, name)
@@ -327,7 +349,10 @@ def test_the_reference_scores_all_and_the_untouched_release_nothing(classroom, n
     course, grades = classroom
     assert grades["reference", name].scores == grades["reference", name].points, messages(course, "reference", name)
     assert grades["untouched", name].score == 0
-    assert not grades["reference", name].notes
+    # Solutions that are the package's are told as such, and nothing else is.
+    assert all(note.endswith("word for word") for note in grades["reference", name].notes)
+    assert bool(grades["reference", name].notes) == (name in ("a4_block_allocator", "a6_scheduler"))
+    assert not grades["untouched", name].notes
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -345,6 +370,7 @@ def test_a_mistake_loses_its_points_and_its_message_is_shown(classroom, name, py
         for mistake in group:
             assert any(mistake["message"] in errors[cell] for cell in mistake["loses"]), (mistake, errors)
             assert mistake["message"] in page
+        assert not [line for line in hidden_lines(name) if line in page]
 
 
 @pytest.mark.parametrize("name", TEXTS)

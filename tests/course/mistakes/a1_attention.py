@@ -55,6 +55,6 @@ MISTAKES = [
         "old": "return torch.softmax(scores, dim=-1) @ v",
         "new": "return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
         "loses": {"attention_tests": 20, "story_tests": 10},
-        "message": "this task is about writing scaled_dot_product_attention yourself",
+        "message": "do not use torch.nn.functional:scaled_dot_product_attention",
     },
 ]
