@@ -153,6 +153,8 @@ class EncoderBlock(nn.Module):
 
 
 # %% tags=["tests:a2_encoder_tests:15"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 closed = ("minillm.transformer.blocks:TransformerBlock", "minillm.transformer.blocks:ResidualNorm")
 
 
@@ -241,6 +243,8 @@ def cross_attention(
 
 
 # %% tags=["tests:a2_cross_tests:15"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 closed = ("minillm.transformer.multi_head:CrossAttention", "torch.nn.functional:multi_head_attention_forward")
 layer = SimpleNamespace(q=nn.Identity(), out=nn.Identity(), head_dim=1)
 x = torch.tensor([[[0, math.log(3)], [math.log(3), 0]]])
@@ -325,6 +329,8 @@ class DecoderBlock(nn.Module):
 
 
 # %% tags=["tests:a2_decoder_tests:15"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 closed = ("minillm.transformer.blocks:CrossAttentionBlock", "minillm.transformer.blocks:ResidualNorm")
 x = torch.tensor([[[1.0, 3]]])
 sublayers = (
@@ -393,6 +399,9 @@ def shift(
 
 
 # %% tags=["tests:a2_shift_tests:10"]
+from minillm.course.checks import check, check_close, check_equal, without
+
+
 def check_shift(rows: list[list[int]], start_id: int, stop_id: int, inputs: Tensor, labels: Tensor, hint: str) -> None:
     kept = copy.deepcopy(rows)
     with without("minillm.training.batching:PairBatch", "minillm.training.batching:TextBatch"):
@@ -450,6 +459,8 @@ def smoothed_loss(
 
 
 # %% tags=["tests:a2_loss_tests:15"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 closed = (
     "torch.nn.functional:cross_entropy",
     "torch.nn.functional:nll_loss",
@@ -530,6 +541,9 @@ def train_step(
 
 
 # %% tags=["tests:a2_step_tests:10"]
+from minillm.course.checks import check, check_close, check_equal, without
+
+
 class OneNumber(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -603,6 +617,9 @@ def train_until(
 
 
 # %% tags=["tests:a2_until_tests:5"]
+from minillm.course.checks import check, check_close, check_equal, without
+
+
 def check_until(scores: list[float], target: float, every: int, max_steps: int) -> None:
     calls: list[str] = []
     given = iter(scores)
@@ -736,6 +753,8 @@ def train_translator(target: float) -> tuple[Translator, list[float]]:
 # It takes some ten seconds on two cores. Then it must know **85 %** of other numbers that training never saw.
 
 # %% tags=["tests:a2_translator_tests:15"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 closed = (
     "minillm.transformer.blocks:TransformerBlock.forward",
     "minillm.transformer.blocks:CrossAttentionBlock.forward",

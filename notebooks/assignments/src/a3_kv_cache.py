@@ -90,6 +90,8 @@ def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
 
 
 # %% tags=["tests:a3_bytes_tests:10"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 config = small_config(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
 hint = "Do you count keys and values, key/value heads rather than query heads, every layer, and bytes?"
 check_equal(bytes_per_token(config, torch.float16), 64, "bytes_per_token(config, torch.float16)", hint=hint)
@@ -149,6 +151,8 @@ def write(
 
 
 # %% tags=["tests:a3_write_tests:15"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 slots = torch.tensor([[1.0, 2, 3, 0, 0], [0, 0, 0, 0, 0]])[:, :, None, None]  # one head of one channel
 new = torch.tensor([[7.0, -1], [8, 9]])[:, :, None, None]
 with without("minillm.cache.contiguous:ContiguousCache"):
@@ -209,6 +213,8 @@ def visible(batch: PaddedBatch) -> Bool[Tensor, "batch seq end"]:
 
 
 # %% tags=["tests:a3_visible_tests:15"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 closed = ("minillm.transformer.attention:attention_mask", "minillm.cache.contiguous:ContiguousCache")
 
 
@@ -316,6 +322,8 @@ class Store:
 # **Room for all (10 points).** The next cell makes stores and announces batches that fit and that do not.
 
 # %% tags=["tests:a3_room_tests:10"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 closed = ("minillm.cache.contiguous:ContiguousCache", "minillm.transformer.kv:NoCache")
 pieces = {}
 ### BEGIN HIDDEN TESTS
@@ -404,6 +412,8 @@ class Watched:
 
 
 # %% tags=["tests:a3_attend_tests:20"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 pieces = {}
 
 
@@ -527,6 +537,8 @@ def pass_flops(config: DecoderConfig, new: int, keys: int) -> int:
 
 
 # %% tags=["tests:a3_pass_flops_tests:10"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 judges = ("__main__:counted_flops", "torch.utils.flop_counter:FlopCounterMode", "minillm.viz.memory:forward_flops")
 hand = small_config(
     num_layers=1, hidden_size=4, num_heads=2, num_kv_heads=1, head_dim=2, intermediate_size=8, vocab_size=10
@@ -581,6 +593,9 @@ def generation_flops(config: DecoderConfig, prompt: int, written: int, cached: b
 
 
 # %% tags=["tests:a3_generation_flops_tests:10"]
+from minillm.course.checks import check, check_close, check_equal, without
+
+
 def check_generation(config: DecoderConfig, prompt: int, written: int, hint: str) -> None:
     model, tokens = Decoder(config), [list(range(prompt))]
     sizes = range(1, prompt + written + 1)
@@ -629,6 +644,8 @@ print(f"{again / once:.0f} times fewer, for {kept / 1024:.0f} KiB in float32")
 # package's `ContiguousCache`.
 
 # %% tags=["tests:a3_story_tests:10"]
+from minillm.course.checks import check, check_close, check_equal, without
+
 tiny = minillm.load_model("tiny", dtype="float32", device="cpu").double()
 tokenizer = minillm.get_tokenizer("tiny")
 

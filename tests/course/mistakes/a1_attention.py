@@ -10,14 +10,6 @@ MISTAKES = [
         "message": "Is the row's maximum subtracted before exp?",
     },
     {
-        "name": "scale forgotten",
-        "solution": "attention",
-        "old": "q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5",
-        "new": "q @ k.transpose(-1, -2)",
-        "loses": {"attention_tests": 20, "story_tests": 10},
-        "message": "Are the scores divided by √head_dim?",
-    },
-    {
         "name": "off by one: a token does not see itself",
         "solution": "causal",
         "old": "<=",
@@ -34,6 +26,22 @@ MISTAKES = [
         "message": "A window of 2 is the token itself and one before it.",
     },
     {
+        "name": "scale forgotten",
+        "solution": "attention",
+        "old": "q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5",
+        "new": "q @ k.transpose(-1, -2)",
+        "loses": {"attention_tests": 20, "story_tests": 10},
+        "message": "Are the scores divided by √head_dim?",
+    },
+    {
+        "name": "the package's answer is imported",
+        "solution": "attention",
+        "old": "return torch.softmax(scores, dim=-1) @ v",
+        "new": "return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
+        "loses": {"attention_tests": 20, "story_tests": 10},
+        "message": "do not use torch.nn.functional:scaled_dot_product_attention",
+    },
+    {
         "name": "groups interleaved",
         "solution": "grouped",
         "old": "attend(q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), mask)",
@@ -48,13 +56,5 @@ MISTAKES = [
         "new": "a, b = x[..., 0::2], x[..., 1::2]",
         "loses": {"rotate_tests": 20, "story_tests": 10},
         "message": "Pair i is the channels i and i + head_dim/2",
-    },
-    {
-        "name": "the package's answer is imported",
-        "solution": "attention",
-        "old": "return torch.softmax(scores, dim=-1) @ v",
-        "new": "return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
-        "loses": {"attention_tests": 20, "story_tests": 10},
-        "message": "do not use torch.nn.functional:scaled_dot_product_attention",
     },
 ]
