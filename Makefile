@@ -42,7 +42,7 @@ test-ranks: .venv/test
 
 # Replicas on Ray.
 test-scale: .venv/test .venv/scale
-	$(BIN)/python -m pytest tests/scale -m scale
+	$(BIN)/python -m pytest tests/scale -m ""
 
 lab: .venv/notebooks
 	$(BIN)/jupyter lab notebooks

@@ -615,13 +615,15 @@ def serve(
     engine, _ = _engine_arguments(locals())
     is_on_ray = any(number is not None for number in (replicas, min_replicas, max_replicas))
     with notes.status("importing PyTorch and Ray" if is_on_ray else "importing PyTorch"):
+        from minillm.engine.ranks import follows_torchrun
         from minillm.server.serve import check_port, load, read_chat_template
         from minillm.server.serve import serve as run_server
         from minillm.server.service import ServerConfig
 
     if math.isnan(drain_seconds):  # older typer takes it for no less than 0
         raise ConfigError("--drain-seconds must be a number of seconds, not nan")
-    check_port(host, port)
+    if not follows_torchrun():
+        check_port(host, port)
     template = None if chat_template is None else read_chat_template(chat_template)
     config = ServerConfig(
         model,

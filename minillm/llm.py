@@ -70,8 +70,8 @@ class LLM:
             each token; answers differ.
         seed: of the draws of requests without a seed of their own.
         gpu_memory_utilization: share of a GPU's memory to use in all. On a CPU `kv_cache_memory_bytes` decides.
-        kv_cache_memory_bytes: memory for keys and values. On a CPU, None is 1 GiB, or what `max_num_seqs` sequences of
-            full length take if that is less.
+        kv_cache_memory_bytes: memory for keys and values, of each rank. On a CPU, None is 1 GiB, or what `max_num_seqs`
+            sequences of full length take if that is less.
         num_gpu_blocks_override: this many blocks of keys and values, whatever the memory.
         max_model_len: tokens of a prompt and its answer; the model's context when None.
         block_size: tokens of a block of keys and values.

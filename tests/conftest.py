@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import shutil
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,13 @@ import pytest
 
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "screenshots"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -334,7 +334,7 @@ def on_clock(scheduler_class: type[Scheduler], arrivals: Sequence[Arrival]) -> S
 
 
 def goodput(simulation: Simulation) -> float:
-    """Requests a second for which both promises were kept (Zhong et al. 2024, "DistServe", §1)."""
+    """Requests a second for which both promises were kept, as vLLM's benchmark counts goodput."""
     times = token_times(simulation.trace)
     kept = 0
     for number, metrics in enumerate(simulation.metrics):

@@ -40,7 +40,10 @@ LAST_SECONDS = 10.0
 a rank is known to be dead, before the process is ended."""
 _torchrun_has_met = False
 """Whether torchrun's processes have come together; they end with the model, and do so once."""
-LOOPBACK = {"darwin": {"GLOO_SOCKET_IFNAME": "lo0"}, "linux": {"GLOO_SOCKET_IFNAME": "lo"}}.get(sys.platform, {})
+LOOPBACK = {
+    "darwin": {"GLOO_SOCKET_IFNAME": "lo0"},
+    "linux": {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"},
+}.get(sys.platform, {})
 """Processes of one machine speak over this interface."""
 
 
@@ -145,7 +148,7 @@ class Crew:
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // size))
         arguments = {**arguments, "threads": torch.get_num_threads()}
-        self._lent = LOOPBACK if "GLOO_SOCKET_IFNAME" not in os.environ else {}
+        self._lent = {name: value for name, value in LOOPBACK.items() if name not in os.environ}
         os.environ.update(self._lent)
         self._processes = [
             subprocess.Popen(
@@ -275,6 +278,12 @@ def torchrun_rank() -> tuple[int, int] | None:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def follows_torchrun() -> bool:
+    """Whether `torchrun` has started this process for another rank than 0: it answers nobody, and ends in its `LLM`."""
+    place = torchrun_rank()
+    return place is not None and place[0] > 0
+
+
 def here(rank: int) -> str:
     """The key under which a started process says that it is there."""
     return f"rank {rank} is here"
@@ -296,6 +305,10 @@ def check_ranks(size: int, device: str) -> None:
         raise ConfigError("torchrun's other processes ended with the first model: start the program again for another")
     if run is not None and run[1] != size:
         raise ConfigError(f"torchrun started {run[1]} ranks, and tensor_parallel_size={size}: they must be equal")
+    if device == "cuda" and run is not None and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"torchrun has started more ranks here than the {torch.cuda.device_count()} GPUs: lower --nproc-per-node"
+        )
     if device == "cuda" and run is None and torch.cuda.device_count() < size:
         raise ConfigError(
             f"tensor_parallel_size={size} and {torch.cuda.device_count()} GPUs here: take fewer ranks, start them on "

@@ -68,7 +68,7 @@ def resources(device: str, ranks: int, models: int, *, spare_cores: int = 0) -> 
         spare_cores: which the models leave to other tasks.
 
     Raises:
-        ConfigError: more GPUs than a cluster of this machine has; another may grow.
+        ConfigError: more GPUs than a cluster of this machine has (another may grow), or no core that is free.
     """
     if uses_gpus(device):
         there = ray.cluster_resources().get("GPU", 0)
@@ -76,7 +76,13 @@ def resources(device: str, ranks: int, models: int, *, spare_cores: int = 0) -> 
             raise ConfigError(f"{models} replicas of {ranks} GPUs are more than the {there:g} here: take fewer")
         return {"num_cpus": 0, "num_gpus": ranks}
     cores = [int(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]]
-    return {"num_cpus": share_of_cores(cores, models, spare_cores)}
+    free = ray.available_resources().get("CPU", 0.0)
+    if free < 1:
+        raise ConfigError(f"others hold all {sum(cores)} cores of the cluster: wait for them, or end them")
+    share = share_of_cores(cores, models, spare_cores)
+    if share * models > free:  # what others hold, they hold anywhere
+        share = share_of_cores([int(free)], models, spare_cores)
+    return {"num_cpus": share}
 
 
 def share_of_cores(cores: Sequence[int], models: int, spare: int = 0) -> float:

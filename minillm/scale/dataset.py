@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ def generate_dataset(
     where all of them see it.
 
     Args:
-        dataset: read from files by Ray Data, or a path to files: .jsonl, .parquet, or a folder of parquet files.
+        dataset: read from files by Ray Data, with ids that stand in the files, or a path to files: .jsonl, .parquet,
+            or a folder of parquet files.
         output: a folder; another one for another model or other parameters, which are noted in `output` + ".job".
         prompt_column: of texts or token ids.
         id_column: of numbers or texts that are all different, by which rows are known again.
@@ -72,15 +75,19 @@ def generate_dataset(
     """
     check_size("replicas", replicas)
     check_size("rows_per_piece", rows_per_piece)
+    if not isinstance(sampling_params, SamplingParams | None):
+        raise InvalidRequestError(f"sampling_params must be SamplingParams, not {type(sampling_params).__name__}")
     if sampling_params is not None and sampling_params.n != 1:
         raise InvalidRequestError(f"a row has one answer, and n is {sampling_params.n}: set n=1")
     arguments |= {"model": str(model), "device": device, "tensor_parallel_size": tensor_parallel_size}
+    if "://" in str(output):
+        raise ConfigError(f"the output must be a folder that all machines see, not {output}")
     folder = Path(output).absolute()
     with connected():
         rows = dataset if isinstance(dataset, Dataset) else _read(Path(dataset))
         _check(rows, prompt_column, id_column)
-        job = {**arguments, "sampling_params": repr(sampling_params), "prompt": prompt_column, "id": id_column}
-        _note_job(folder, {name: str(value) for name, value in job.items() if name not in PLACES})
+        job = {**arguments, "sampling_params": sampling_params, "prompt": prompt_column, "id": id_column}
+        note_job(folder, {**job, "files": sorted(rows.input_files())})
         answered = rows.repartition(target_num_rows_per_block=rows_per_piece).map_batches(
             Answers,
             fn_constructor_args=(arguments, sampling_params, prompt_column),
@@ -89,27 +96,39 @@ def generate_dataset(
             compute=ActorPoolStrategy(size=replicas),
             **resources(device, tensor_parallel_size, replicas, spare_cores=SPARE_CORES),
         )
-        answered.context.checkpoint_config = CheckpointConfig(
+        context = answered.context  # the caller's dataset has the same
+        before = context.checkpoint_config
+        context.checkpoint_config = CheckpointConfig(
             id_column, f"{folder}.finished", delete_checkpoint_on_success=False
         )
-        answered.write_json(str(folder))
+        try:
+            answered.write_json(str(folder))
+        finally:
+            context.checkpoint_config = before
 
 
-def _note_job(folder: Path, job: dict[str, str]) -> None:
-    """Raise ConfigError where another job has written to this folder; else note that this one does."""
-    note = Path(f"{folder}.job")
-    if not note.exists():
+def note_job(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Note in `folder` + ".job" what is written to the folder.
+
+    Raises:
+        ConfigError: another job has written to it.
+    """
+    # Of a function, its address tells nothing.
+    job = {name: re.sub(r" at 0x\w+", "", str(value)) for name, value in arguments.items() if name not in PLACES}
+    note, finished = Path(f"{folder}.job"), Path(f"{folder}.finished")
+    if not any(path.is_dir() and any(path.iterdir()) for path in (folder, finished)):
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(job, indent=1), encoding="utf-8")
         return
-    before = json.loads(note.read_text(encoding="utf-8"))
+    before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     other = [name for name in {**before, **job} if before.get(name) != job.get(name)]
     if other:
         told = ", ".join(
             f"{name} was {before.get(name, 'not given')}, now {job.get(name, 'not given')}" for name in other
         )
         raise ConfigError(
-            f"{folder} holds answers of another job ({told}): name another folder, or delete it and {note}"
+            f"{folder} holds answers of another job ({told}): name another folder, or delete this one, {note.name} and "
+            f"{finished.name}"
         )
 
 

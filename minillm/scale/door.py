@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from minillm.errors import EngineDeadError, OverloadedError, ShuttingDownError
+from minillm.errors import EngineDeadError, MinillmError, OverloadedError, ShuttingDownError
 from minillm.scale.replica import Forwarded
 from minillm.server.app import Gate, unless_disconnected
 from minillm.server.errors import add_error_handlers, error_body, error_response
@@ -100,8 +100,8 @@ class Door:
         try:
             self.check_in_flight()
             async with asyncio.timeout(HEALTH_SECONDS):
-                messages = [message async for message in self._attempt(forwarded)]
-        except (TimeoutError, RayError, ShuttingDownError, OverloadedError) as error:
+                messages = [message async for message in self._answer(forwarded)]
+        except (TimeoutError, RayError, MinillmError) as error:
             return error_response(503, error_body(503, str(error) or "no replica answers"))
         return Response(status_code=messages[0]["status"] if messages else 503)
 

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import uvicorn
 from starlette.applications import Starlette
 
+from minillm.engine.ranks import follows_torchrun
 from minillm.errors import ConfigError, MinillmError
 from minillm.llm import LLM
 from minillm.server.app import create_app
@@ -107,7 +108,12 @@ def load(**arguments: Any) -> LLM:
     OpenMP keeps a team of threads for every thread that has computed. Where there are more of them than cores they no
     longer wait for each other actively, and on a CPU the engine's steps take half as long again: its thread must be the
     only one that computes.
+
+    Raises:
+        SystemExit: `torchrun` has started this process for another rank than 0, and rank 0 has ended.
     """
+    if follows_torchrun():
+        LLM(**arguments)
     with ThreadPoolExecutor(max_workers=1) as loader:
         return loader.submit(LLM, **arguments).result()
 

@@ -502,7 +502,8 @@ print(f"GPT-2: {50_257 * 768 / 124_439_808:.0%} of 124,439,808")
 # At the other end, the model has to score every token of the vocabulary as the next one: from a vector of the hidden
 # size to as many numbers as there are tokens. That takes a matrix of the same shape as the table. Press & Wolf (2017)
 # and others proposed to use *the same* matrix: a token's score is the dot product of the model's last vector with the
-# token's embedding. The two are called **tied**. GPT-2, SmolLM2 and `tiny` do so; Llama 3 8B has two tables.
+# token's embedding. The two are called **tied** (weight tying). GPT-2, SmolLM2 and `tiny` do so; Llama 3 8B has two
+# tables.
 
 # %%
 assert model.config.tied_head

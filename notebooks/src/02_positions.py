@@ -95,7 +95,7 @@ plt.show()
 # (A **causal** mask, which hides later tokens, gives a little away: the third token sees three tokens, the fourth sees
 # four. Exercise 1 asks what is still invisible then.)
 #
-# So positions must be put in. There are two places for it:
+# So positions must be put in, by a **position encoding**. There are two places for it:
 #
 # - **add** a vector that stands for the position to the token's vector, before the first layer (sections 2 and 3);
 # - **turn** queries and keys by an angle that stands for the position, in every layer (section 4).

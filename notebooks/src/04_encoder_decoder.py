@@ -149,7 +149,8 @@ assert abs(sizes["residual, post-norm"][-1] - 1) < 0.01
 # %% [markdown]
 # ### Attention, three times (§3.2.3)
 #
-# The same multi-head attention as in notebook 03 stands in three places:
+# The same multi-head attention as in notebook 03 stands in three places. Two are **self-attention**: the queries come
+# from the text that they look at.
 #
 # | where | queries from | keys and values from | may see |
 # | --- | --- | --- | --- |

@@ -92,8 +92,8 @@ print("left out of the decoder's block:", ", ".join(sorted(old_parts - new_parts
 # ### One objective
 #
 # With one text there is one task: after each token, predict the next. For a text $u_1, \dots, u_n$ training maximises
-# $\sum_i \log P(u_i \mid u_1, \dots, u_{i-1})$ (Radford et al. 2018, §3.1, eq. 1, there with a limited context). No
-# labels are needed, and a text of $n$ tokens gives $n - 1$ exercises at once:
+# $\sum_i \log P(u_i \mid u_1, \dots, u_{i-1})$ (Radford et al. 2018, §3.1, eq. 1, there with a limited context); the
+# model is **autoregressive**. No labels are needed, and a text of $n$ tokens gives $n - 1$ exercises at once:
 
 # %%
 tokenizer = minillm.get_tokenizer("tiny")
@@ -890,7 +890,7 @@ assert right_with > len(asked) / 2 > len(asked) / 4 > right_without
 
 # %% [markdown]
 # The knowledge is in the context, not in the weights. That is how large models work with documents as well, and it is
-# why long contexts, and the memory that they cost, matter so much.
+# why the **context length**, the most tokens that a model can look at, and the memory that it costs matter so much.
 #
 # ## What to take along
 #

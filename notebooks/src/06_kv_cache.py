@@ -742,6 +742,13 @@ assert fit_needed > 2 * fit_reserved
 # - Bytes a token: 2 · layers · KV heads · head dim · bytes a number. A batch shares weights, never keys and values.
 # - A contiguous store must reserve for the longest case, and most of that stays empty.
 #
+# ## Sources
+#
+# - Waterman, Williams and Patterson 2009, "Roofline: An Insightful Visual Performance Model for Multicore
+#   Architectures"
+# - Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP: §1,
+#   §3, §6
+#
 # ## Exercises
 #
 # Replace each `None`; when the answer is right, the cell says so.

@@ -569,6 +569,13 @@ print(
 #   reading of weights is shared by them, so throughput grows less than the batch.
 # - Blocks waste at most `block_size` − 1 slots a sequence. Their price is a table, and that memory can run out midway.
 #
+# ## Sources
+#
+# - Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP: §3,
+#   §4, §6
+# - Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI: §3, §6
+# - Patel et al. 2024, "Splitwise: Efficient Generative LLM Inference Using Phase Splitting", ISCA: the traces
+#
 # ## Exercises
 #
 # Replace each `None`; when the answer is right, the cell says so.

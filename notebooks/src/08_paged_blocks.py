@@ -814,6 +814,12 @@ explore_blocks(LLM("tiny", dtype="float32", device="cpu", **sizes))
 # - A block's name is a chained hash: its tokens, and all that stands before it.
 # - Free blocks are a cache: given out least recently used first, a sequence's tail before its beginning.
 #
+# ## Sources
+#
+# - Kilburn et al. 1962, "One-Level Storage System"
+# - Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP: §4
+# - Zheng et al. 2024, "SGLang: Efficient Execution of Structured Language Model Programs": §3
+#
 # ## Exercises
 #
 # Replace each `None`; when the answer is right, the cell says so.

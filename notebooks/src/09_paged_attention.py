@@ -170,7 +170,7 @@ torch.testing.assert_close(shifted / shifted.sum(), scores.softmax(dim=0))
 # $m'$, multiply them once by $e^{m - m'}$, because $e^{s - m} \cdot e^{m - m'} = e^{s - m'}$. FlashAttention (Dao et
 # al. 2022, §3.1) carries the weighted sum of values along in the same way.
 #
-# So three things are carried. We call them as the package's kernels do:
+# So three things are carried:
 
 
 # %%
@@ -179,7 +179,7 @@ class Partial(NamedTuple):
 
     largest: torch.Tensor  # the largest score so far
     total: torch.Tensor  # the sum of exp(score - largest)
-    mean: torch.Tensor  # the sum of exp(score - largest) · value, [head_dim]; divided at the very end
+    weighted: torch.Tensor  # the sum of exp(score - largest) · value, [head_dim]; divided at the very end
 
 
 def nothing(head_dim):
@@ -199,7 +199,7 @@ def add_block(done, query, keys, values):
     best = torch.maximum(done.largest, scores.max())
     shrink = (done.largest - best).exp()  # 1, unless this block has a new largest score
     weights = (scores - best).exp()
-    return Partial(best, done.total * shrink + weights.sum(), done.mean * shrink + weights @ values)
+    return Partial(best, done.total * shrink + weights.sum(), done.weighted * shrink + weights @ values)
 
 
 # %% [markdown]
@@ -218,7 +218,7 @@ def block_by_block(q, k_cache, v_cache, blocks, length):
         for number in range(ceil(length / size)):
             here = blocks[number], head // group, slice(length - number * size)  # a slice's end may lie beyond
             done = add_block(done, query, k_cache[here], v_cache[here])
-        out[head] = done.mean / done.total
+        out[head] = done.weighted / done.total
     return out
 
 
@@ -243,12 +243,12 @@ plot_online(
     scores=[keys @ query for keys, _ in pieces],
     largest=[state.largest.item() for state in seen],
     total=[state.total.item() for state in seen],
-    outputs=[state.mean / state.total for state in seen],
+    outputs=[state.weighted / state.total for state in seen],
     names=[f"block {block}" for block in content],
     title="After every block the state is that of the keys read so far",
 )
 plt.show()
-torch.testing.assert_close(seen[-1].mean / seen[-1].total, first_way[0])
+torch.testing.assert_close(seen[-1].weighted / seen[-1].total, first_way[0])
 
 # %% [markdown]
 # Left, block 1 brings a larger score than block 4 had. In the middle, the old sum was therefore multiplied by the
@@ -275,7 +275,7 @@ for order in permutations(range(3)):
     done = nothing(4)
     for number in order:
         done = add_block(done, query, *pieces[number])
-    torch.testing.assert_close(done.mean / done.total, first_way[0])
+    torch.testing.assert_close(done.weighted / done.total, first_way[0])
 print("six orders, one result")
 
 # %% [markdown]
@@ -294,13 +294,13 @@ def merge(a, b):
     """The state over the keys of both."""
     best = torch.maximum(a.largest, b.largest)
     ours, theirs = (a.largest - best).exp(), (b.largest - best).exp()
-    return Partial(best, a.total * ours + b.total * theirs, a.mean * ours + b.mean * theirs)
+    return Partial(best, a.total * ours + b.total * theirs, a.weighted * ours + b.weighted * theirs)
 
 
 left = add_block(nothing(4), query, *pieces[0])  # one worker: block 4
 right = add_block(add_block(nothing(4), query, *pieces[2]), query, *pieces[1])  # another: blocks 3 and 1
 for whole in (merge(left, right), merge(right, left)):
-    torch.testing.assert_close(whole.mean / whole.total, first_way[0])
+    torch.testing.assert_close(whole.weighted / whole.total, first_way[0])
 print("two halves, one result")
 
 # %% [markdown]
@@ -308,7 +308,7 @@ print("two halves, one result")
 # forgotten how much weight each half had. This is why `total` and `largest` are handed over as well.
 
 # %%
-average = (left.mean / left.total + right.mean / right.total) / 2
+average = (left.weighted / left.total + right.weighted / right.total) / 2
 print("the right result:      ", first_way[0].round(decimals=3))
 print("average of the halves: ", average.round(decimals=3))
 assert not torch.allclose(average, first_way[0], atol=0.01)
@@ -943,7 +943,7 @@ if with_window(query, k_cache, v_cache, table.blocks, 10, 4) is not None:
 #         inside = slice(max(0, since - number * size), length - number * size)
 #         here = blocks[number], 0, inside
 #         done = add_block(done, query, k_cache[here], v_cache[here])
-#     return done.mean / done.total
+#     return done.weighted / done.total
 # ```
 # The engine can even give the blocks before the window back, if every layer has one.
 #
@@ -1014,7 +1014,7 @@ if add_scores(nothing(4), hidden, v[:4, 0]) is not None:
     assert done.total == 0, "nothing has been seen yet"
     for keys, values in pieces:
         done = add_scores(done, keys @ query, values)
-    torch.testing.assert_close(done.mean / done.total, first_way[0])
+    torch.testing.assert_close(done.weighted / done.total, first_way[0])
     print("right")
 
 # %% [markdown]
@@ -1025,7 +1025,7 @@ if add_scores(nothing(4), hidden, v[:4, 0]) is not None:
 #     best = torch.maximum(done.largest, scores.max())
 #     finite = torch.where(best == -inf, 0.0, best)
 #     shrink, weights = (done.largest - finite).exp(), (scores - finite).exp()
-#     return Partial(best, done.total * shrink + weights.sum(), done.mean * shrink + weights @ values)
+#     return Partial(best, done.total * shrink + weights.sum(), done.weighted * shrink + weights @ values)
 # ```
 # Both differences were $-\infty - (-\infty)$, which is `nan`. With a finite number in place of the maximum they are
 # $-\infty$, and $e^{-\infty} = 0$. It is the line with `finite` of the Triton kernel.

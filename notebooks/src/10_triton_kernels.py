@@ -204,7 +204,7 @@ plt.show()
 # PyTorch has a kernel for adding. Why write any? Because of what lies between kernels. The feed-forward network of
 # Llama-like models computes $\text{silu}(g) \cdot u$ with $\text{silu}(g) = g / (1 + e^{-g})$ (Shazeer 2020, "GLU
 # Variants Improve Transformer"). PyTorch runs two kernels, and all that the first one writes to memory, the second one
-# reads again. One kernel keeps it in registers. In numbers moved for each result:
+# reads again. One kernel keeps it in registers; this is **fusion**. In numbers moved for each result:
 
 # %%
 two_kernels = (1 + 1) + (2 + 1)  # read g, write silu(g); read silu(g) and u, write
@@ -867,6 +867,14 @@ show_source(DecodeGraphs.replay)
 # - Zeros in a tensor core are free as long as memory is the limit.
 # - Few sequences need split keys. Largest score, sum and weighted sum are enough to merge.
 # - Registers, shared memory and instructions can be read without a GPU; time cannot.
+#
+# ## Sources
+#
+# - Tillet et al. 2019, "Triton: An Intermediate Language and Compiler for Tiled Neural Network Computations": programs
+#   that compute a tile each
+# - Dao et al. 2022, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness": §3.1, tiles
+# - Dao et al. 2023, "Flash-Decoding for long-context inference" (PyTorch's blog): keys split among programs
+# - Shazeer 2020, "GLU Variants Improve Transformer"
 #
 # ## Exercises
 #

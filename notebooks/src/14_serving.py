@@ -133,7 +133,8 @@ show_source(RequestStream)
 # an output: it is put into the queue, and raised where somebody listens.
 #
 # All this works without HTTP. Two coroutines can be the clients, in an event loop of their own (this notebook's is busy
-# with the notebook; hence the thread). `DELTA` asks for what is new since the last output, as a stream wants it.
+# with the notebook; hence the thread). `DELTA` asks for what is new since the last output, as a stream wants it. The
+# text is the **detokenizer**'s, which holds half a character back until the rest of it has come.
 
 
 # %%
@@ -197,7 +198,7 @@ print(completion.usage.prompt_tokens, "+", completion.usage.completion_tokens, "
 print("ended by:", completion.choices[0].finish_reason)
 
 # %% [markdown]
-# A chat, streamed. The server writes the conversation down by the model's chat template, as `LLM.chat` does, and what
+# A chat, with **streaming**. The server writes the conversation down by the chat template, as `LLM.chat` does, and what
 # comes is handed on piece by piece:
 
 # %%
@@ -874,6 +875,13 @@ assert server.exit_status == 0
 #   nothing that is measured is a property of the server.
 # - $L = \lambda W$ always. Goodput, not throughput, is what can be sold.
 # - Refuse early, drain politely, fail loudly.
+#
+# ## Sources
+#
+# - Zhong et al. 2024, "DistServe: Disaggregating Prefill and Decoding for Goodput-optimized Large Language Model
+#   Serving", OSDI: §1
+# - Wierman and Harchol-Balter 2003, "Classifying Scheduling Policies with Respect to Unfairness in an M/GI/1"
+# - OpenAI's API reference, and "Server-sent events" in the HTML standard
 #
 # ## Exercises
 #

@@ -876,6 +876,11 @@ assert server.returncode == 0
 # - A wrong template makes a model stupid, a forgotten stop token makes it talk to itself. Neither is an error message.
 # - A server is ready when it says so, refuses with a sentence, and ends what it has begun.
 #
+# ## Sources
+#
+# - GLM team 2024, "ChatGLM: A Family of Large Language Models from GLM-130B to GLM-4 All Tools"
+# - Du et al. 2022, "GLM: General Language Model Pretraining with Autoregressive Blank Infilling": §2.1
+#
 # ## Exercises
 #
 # Replace each `None`; when the answer is right, the cell says so.

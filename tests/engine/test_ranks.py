@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+import torch
 import transformers
 
-from minillm import LLM, BeamSearchParams, SamplingParams
+from minillm import LLM, BeamSearchParams, SamplingParams, get_tokenizer
 from minillm.engine import ranks
 from minillm.errors import ConfigError, RankError
+from minillm.models.source import resolve
 from tests.helpers import TokenComparison, randomise, reference_greedy
 from tests.models.families import FAMILIES, SMALL
 
@@ -182,6 +186,66 @@ def test_no_rank_outlives_rank_0():
         process.kill()
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
     assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.ranks_all
+def test_three_processes_of_smollm2_equal_transformers(report):
+    """Its three heads of keys and values, one for each."""
+    path = resolve("smollm2-135m")
+    folder, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf).eval()
+    prompts = [get_tokenizer(path)(text).input_ids for text in ("The capital of France is", "One, two, three,")]
+    compared = TokenComparison()
+    with LLM(path, tensor_parallel_size=3, max_model_len=64, dtype="float32", device="cpu") as llm:
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert len(children()) == 2
+    for prompt, output in zip(prompts, outputs, strict=True):
+        compared.add(output.outputs[0].token_ids, *reference_greedy(reference, prompt, 24))
+    report("three ranks", f"SmolLM2-135M: {compared}")
+
+
+def test_torchrun_serves(alone, free_port, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minillm"]
+    options = ["--port", str(free_port), "--max-model-len", "64", "--dtype", "float32", "--device", "cpu"]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            [*command, "serve", "tiny", "-tp", "2", *options],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", trust_env=False) as client:
+            deadline = time.monotonic() + 120
+            while not _answers(client):
+                assert run.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            asked = {
+                "model": "tiny",
+                "prompt": PROMPTS[0],
+                "max_tokens": 24,
+                "temperature": 0,
+                "return_token_ids": True,
+            }
+            answer = client.post("/v1/completions", json=asked).json()
+        assert answer["choices"][0]["token_ids"] == alone[0][0][0]
+        ranks_of_run = psutil.Process(run.pid).children(recursive=True)
+        assert len(ranks_of_run) >= 2
+    finally:
+        run.terminate()
+        run.wait(60)
+    psutil.wait_procs(ranks_of_run, timeout=20)
+    assert not [one for one in ranks_of_run if one.is_running()]
+
+
+def _answers(client):
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_torchrun_starts_them_as_well(alone, tmp_path):

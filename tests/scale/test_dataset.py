@@ -17,9 +17,10 @@ import pytest
 pytest.importorskip("ray", reason="needs the extra scale: pip install -e '.[scale]'")
 
 from minillm import LLM, SamplingParams
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, MinillmError
 from minillm.scale import generate_dataset
 from minillm.scale.cluster import share_of_cores
+from minillm.scale.dataset import note_job
 from tests.scale.test_scale import ROOT, STARTS, did_not_start, environment, until
 
 pytestmark = pytest.mark.scale
@@ -92,9 +93,43 @@ def test_a_job_that_is_killed_goes_on_where_it_was(tmp_path, report):
         at: output.outputs[0].text for at, output in zip(prompts, outputs, strict=True)
     }
     assert {row["finish_reason"] for row in rows} == {"length"}
-    with pytest.raises(ConfigError, match=r"another job \(sampling_params was .*max_tokens=48.*now None"):
-        generate_dataset(source, output, dtype="float32", enforce_eager=True)
-    assert written(output) == after
+
+
+def test_a_folder_belongs_to_one_job(tmp_path):
+    folder = tmp_path / "answers"
+    note_job(folder, {"model": "tiny", "params": SamplingParams(max_tokens=4), "device": "cpu"})
+    note_job(folder, {"model": "tiny", "params": SamplingParams(max_tokens=8)})  # nothing has been written yet
+    (tmp_path / "answers.finished").mkdir()
+    (tmp_path / "answers.finished" / "ids.parquet").touch()
+    note_job(folder, {"model": "tiny", "params": SamplingParams(max_tokens=8), "device": "cuda"})
+    for other in ({"model": "tiny", "params": None}, {"model": "small", "params": SamplingParams(max_tokens=8)}):
+        with pytest.raises(ConfigError, match=r"another job \(.* was .*, now .*answers.job and answers.finished"):
+            note_job(folder, other)
+    (tmp_path / "answers.job").unlink()
+    with pytest.raises(ConfigError, match="another job"):
+        note_job(folder, {"model": "tiny"})
+
+
+def test_a_function_among_the_parameters_is_known_again(tmp_path):
+    (tmp_path / "answers").mkdir()
+    params = [SamplingParams(logits_processors=[lambda tokens, logits: logits]) for _ in range(2)]
+    note_job(tmp_path / "answers", {"params": params[0]})
+    (tmp_path / "answers" / "0.json").touch()
+    note_job(tmp_path / "answers", {"params": params[1]})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sampling_params": {"max_tokens": 4}}, "must be SamplingParams, not dict"),
+        ({"sampling_params": SamplingParams(n=2)}, "a row has one answer"),
+        ({"output": "s3://bucket/answers"}, "a folder that all machines see"),
+        ({"replicas": 0}, "replicas"),
+    ],
+)
+def test_what_cannot_be_is_told_before_ray_starts(tmp_path, changed, message):
+    with pytest.raises(MinillmError, match=message):
+        generate_dataset(tmp_path / "prompts.jsonl", **{"output": tmp_path / "answers"} | changed)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import socket
 from typing import Any
 
 import pytest
@@ -83,12 +82,6 @@ class Recorder:
 def recorder(monkeypatch):
     monkeypatch.delenv("MINILLM_API_KEY", raising=False)
     return Recorder(monkeypatch)
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_without_flags_all_is_as_llm_and_the_server_have_it(recorder, free_port):

@@ -12,7 +12,7 @@
 # - written a block table that grows, shrinks, forks, and copies before it writes;
 # - let the engine write stories on your own allocator.
 #
-# **You need** notebook 08 (blocks and block tables), and of notebook 12 what a fork is. No GPU.
+# **You need** notebook 08 (blocks, block tables, forks and names of blocks). No GPU.
 # **Time**: about 100 minutes. **Points**: 100.
 #
 # | task | you write | points |

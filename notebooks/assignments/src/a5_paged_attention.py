@@ -121,8 +121,8 @@ print("right")
 # ## Task 2 · Attention in pieces (15 points)
 #
 # Attention wants the weighted sum of the values, not the weights. FlashAttention (Dao et al. 2022, §3.1) carries it
-# along in the same way: a third quantity, relative to the same largest score and corrected by the same factor. The
-# package has a name for the three:
+# along in the same way: a third quantity, relative to the same largest score and corrected by the same factor. As in
+# notebook 09, the three are one thing:
 #
 # ```python
 # class Partial(NamedTuple):

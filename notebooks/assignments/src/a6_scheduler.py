@@ -460,9 +460,9 @@ compare_in_engine(llm.engine, MyScheduler, requests, num_blocks=9, told=f" (seed
 # %% [markdown]
 # ### Under load
 #
-# How good is a scheduler? Tokens a second are not what users feel. Zhong et al. 2024 ("DistServe", §1) count
-# **goodput**: requests a second for which a promise was kept. Our promise has two parts: the first token after one
-# second at most, and never more than 40 ms between two tokens. The traffic comes in bursts:
+# How good is a scheduler? Tokens a second are not what users feel. After Zhong et al. 2024 ("DistServe", §1), vLLM's
+# benchmark counts **goodput**: requests a second for which a promise was kept. Our promise has two parts: the first
+# token after one second at most, and never more than 40 ms between two tokens. The traffic comes in bursts:
 
 # %% tags=["locked:traffic"]
 show_source(traffic)
