@@ -81,9 +81,7 @@ def jupyter_lab(folder: Path) -> Iterator[Lab]:
 
 
 @contextlib.contextmanager
-def started(
-    command: list[str], environment: dict[str, str], log: Path, url: str, seconds: float = 120
-) -> Iterator[None]:
+def started(command: list[str], environment: dict[str, str], log: Path, url: str) -> Iterator[None]:
     """A server's process, once it answers at `url`; at the end it and its children are stopped."""
     with log.open("w") as file:
         process = subprocess.Popen(

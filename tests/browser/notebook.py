@@ -172,6 +172,9 @@ class Explorer:
     def press(self, button: str) -> None:
         self.root.locator("button.widget-button").filter(has_text=button).first.click()
 
+    def fields(self) -> int:
+        return self.root.locator(".widget-text input").count()
+
     def write(self, text: str) -> None:
         field = self.root.locator(".widget-text input")
         field.fill(text)

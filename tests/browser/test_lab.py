@@ -162,6 +162,8 @@ def move_everything(shown):
         else:
             shown.changed(lambda menu=menu: shown.choose_next(menu))
     move_sliders(shown)
+    if shown.fields():
+        shown.changed(lambda: shown.write("Mia saw a red kite. Mia saw a dog."))
     for box in shown.boxes():
         shown.changed(box.click)
     for name in shown.buttons():
