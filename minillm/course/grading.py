@@ -126,7 +126,9 @@ def _set_environment() -> None:
     with contextlib.suppress(ImportError):  # Windows has no such limits
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        bound = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
     here, others = str(Path(minillm.__file__).parents[1]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{here}{os.pathsep}{others}" if others else here
 
