@@ -10,6 +10,7 @@ import contextlib
 import csv
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +44,7 @@ from traitlets.config import Config
 import minillm
 from minillm.course.copies import copies
 from minillm.course.execution import CarefulExecute
-from minillm.course.release import BEGIN_HIDDEN, Course, reason, release
+from minillm.course.release import BEGIN_HIDDEN, END_HIDDEN, Course, reason, release
 from minillm.errors import AssignmentError
 
 CELL_SECONDS = 60
@@ -265,20 +266,37 @@ class CarefulAutograde(Autograde):
 class HideTests(ClearHiddenTests):
     """Takes hidden tests out of what students read: whoever may hand in again would learn them by heart.
 
-    Of a failing check the message stays, and the lines of the student's own functions that led there.
+    Of a failing check the message stays, and the lines that led there, but for those that are hidden.
     """
 
     def preprocess_cell(self, cell: Any, resources: Any, cell_index: int) -> tuple[Any, Any]:
         """The cell without its hidden tests, and its errors without lines of them."""
-        if BEGIN_HIDDEN in cell.source:
-            for error in (one for one in cell.outputs if one.output_type == "error"):
-                error.traceback = [part for part in error.traceback if not _is_of(part, cell.execution_count)]
+        hidden = _hidden_lines(cell.source)
+        for error in (one for one in cell.get("outputs", ()) if one.output_type == "error"):
+            error.traceback = [
+                _without_lines(part, hidden)
+                if strip_ansi(part).startswith(f"Cell In[{cell.execution_count}]")
+                else part
+                for part in error.traceback
+            ]
         return super().preprocess_cell(cell, resources, cell_index)
 
 
-def _is_of(part: str, number: int | None) -> bool:
-    """Whether a part of IPython's traceback shows lines of the cell of this number."""
-    return strip_ansi(part).startswith(f"Cell In[{number}]")
+def _hidden_lines(source: str) -> set[int]:
+    """Numbers of the lines of hidden tests, from 1 on."""
+    found, is_hidden = set(), False
+    for number, line in enumerate(source.splitlines(), 1):
+        is_hidden = is_hidden or BEGIN_HIDDEN in line
+        if is_hidden:
+            found.add(number)
+        is_hidden = is_hidden and END_HIDDEN not in line
+    return found
+
+
+def _without_lines(part: str, numbers: set[int]) -> str:
+    """A part of IPython's traceback without lines of these numbers."""
+    found = ((line, re.match(r"(?:-+> ?|\s*)(\d+)\b", strip_ansi(line))) for line in part.splitlines())
+    return "\n".join(line for line, number in found if number is None or int(number[1]) not in numbers)
 
 
 class CarefulFeedback(GenerateFeedback):

@@ -31,7 +31,7 @@ except ImportError as error:
     raise MissingExtraError("releasing and grading assignments", "assignments") from error
 
 BEGIN_SOLUTION, END_SOLUTION = "### BEGIN SOLUTION", "### END SOLUTION"
-BEGIN_HIDDEN = "### BEGIN HIDDEN TESTS"
+BEGIN_HIDDEN, END_HIDDEN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
 
 
 @dataclass(frozen=True)
