@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,13 @@ def test_run_from_top_to_bottom_without_errors(path):
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_sources_that_are_shown_are_the_packages_now(path):
+    """Seen at once where code has moved on; nbval would see it, too, after minutes."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        for shown in (out.data.get("text/markdown", "") for out in cell.get("outputs", ()) if "data" in out):
+            if found := re.match(r"`([^`]+)`, (?:from line|lines) (\d+).*?\n```\w*\n(.*?)\n", shown, re.DOTALL):
+                lines = (NOTEBOOKS.parent / found[1]).read_text(encoding="utf-8").splitlines()
+                assert lines[int(found[2]) - 1].strip() == found[3].strip(), f"build {path.stem} again"
