@@ -22,7 +22,7 @@ def test_every_answer_is_as_the_page_says():
     with LLM("tiny", **SMALL | {"max_model_len": 48}) as llm, running(llm) as server:  # short, so that answers are
         command = [
             sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color",
-            "--phases", "examples,coverage,fuzzing", "--checks", ",".join(CHECKS), "--max-examples", "8",
+            "--phases", "examples,coverage,fuzzing", "--checks", ",".join(CHECKS), "--max-examples", "15",
             "--seed", "0", "--generation-deterministic", "--continue-on-failure",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
