@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import torch
 from torch import Tensor, nn
 
@@ -87,3 +89,10 @@ class TokenComparison:
 
     def __str__(self) -> str:
         return f"{self.equal} tokens equal, {self.near_ties} near-ties"
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers there, and well."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url, trust_env=False).is_success
+    return False

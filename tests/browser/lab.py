@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import nbformat
+
+from tests.helpers import answers
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {path.stem: path for path in sorted(ROOT.glob("notebooks/src/*.py"))}
@@ -101,12 +102,6 @@ def started(command: list[str], environment: dict[str, str], log: Path, url: str
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(url, trust_env=False).is_success
-    return False
 
 
 def free_port() -> int:

@@ -24,6 +24,7 @@ from minillm.engine import ranks
 from minillm.errors import ConfigError, RankError
 from minillm.models.source import resolve
 from tests.helpers import TokenComparison, randomise, reference_greedy
+from tests.helpers import answers as is_served
 from tests.models.families import FAMILIES, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,20 +218,14 @@ def test_torchrun_serves(alone, free_port, tmp_path):
             stderr=log,
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", trust_env=False) as client:
-            deadline = time.monotonic() + 120
-            while not _answers(client):
-                assert run.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-            asked = {
-                "model": "tiny",
-                "prompt": PROMPTS[0],
-                "max_tokens": 24,
-                "temperature": 0,
-                "return_token_ids": True,
-            }
-            answer = client.post("/v1/completions", json=asked).json()
+        url = f"http://127.0.0.1:{free_port}"
+        deadline = time.monotonic() + 120
+        while not is_served(f"{url}/health"):
+            assert run.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 24, "temperature": 0, "return_token_ids": True}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, trust_env=False).json()
         assert answer["choices"][0]["token_ids"] == alone[0][0][0]
         ranks_of_run = psutil.Process(run.pid).children(recursive=True)
         assert len(ranks_of_run) >= 2
@@ -239,13 +234,6 @@ def test_torchrun_serves(alone, free_port, tmp_path):
         run.wait(60)
     psutil.wait_procs(ranks_of_run, timeout=20)
     assert not [one for one in ranks_of_run if one.is_running()]
-
-
-def _answers(client):
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_torchrun_starts_them_as_well(alone, tmp_path):
