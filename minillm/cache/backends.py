@@ -21,6 +21,8 @@ class AttentionBackend(NamedTuple):
         rotate_and_write: `apply_rotary` and `write_kv` in one, where the backend has that; returns the turned queries.
         plan, attend: `paged_attention` in two parts, where the backend has them: what all layers of a step have in
             common, and one layer's attention.
+        takes_layers, run_layer: whether a step is for the operation that does all of a layer, and that operation, where
+            the backend has it.
     """
 
     name: str
@@ -29,6 +31,8 @@ class AttentionBackend(NamedTuple):
     rotate_and_write: Callable[..., Tensor] | None = None
     plan: Callable[..., Any] | None = None
     attend: Callable[..., Tensor] | None = None
+    takes_layers: Callable[..., bool] | None = None
+    run_layer: Callable[..., None] | None = None
 
 
 REFERENCE = AttentionBackend("reference", reference.write_kv, reference.paged_attention)
@@ -71,5 +75,10 @@ def _load(name: str) -> AttentionBackend:
     attention = importlib.import_module(f"{package}.paged_attention")
     write = importlib.import_module(f"{package}.write_kv")
     rotary = importlib.import_module(f"{package}.rotary")
-    in_two_parts = (getattr(attention, "plan", None), getattr(attention, "attend", None))
-    return AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write, *in_two_parts)
+    backend = AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write)
+    if name != "numba":
+        return backend
+    layer = importlib.import_module(f"{package}.decoder_layer")
+    return backend._replace(
+        plan=attention.plan, attend=attention.attend, takes_layers=layer.takes, run_layer=layer.run
+    )

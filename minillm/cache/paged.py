@@ -140,6 +140,26 @@ class PagedKVCache:
         )
         return self._attend(layer, q, batch)
 
+    def takes_layers(self) -> bool:
+        takes, tokens = self.backend.takes_layers, len(self._begun().slot_mapping)
+        return takes is not None and all(takes(tokens, self._plan(spec.window)) for spec in set(self.specs))
+
+    def run_layer(self, layer: int, weights: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
+        batch, spec, operation = self._begun(), self.specs[layer], self.backend.run_layer
+        assert operation is not None, "takes_layers() is asked first"
+        operation(
+            x,
+            weights,
+            rotation.cos,
+            rotation.sin,
+            *self.layers[layer],
+            batch.slot_mapping,
+            self._plan(spec.window),
+            interleaved=rotation.interleaved,
+            scale=spec.scale,
+            soft_cap=spec.soft_cap,
+        )
+
     def _begun(self) -> PagedBatch:
         assert self._batch is not None, "begin() says which tokens these are"
         return self._batch
@@ -150,13 +170,9 @@ class PagedKVCache:
         spec, backend = self.specs[layer], self.backend
         k_cache, v_cache = self.layers[layer]
         where = (batch.block_tables, batch.query_starts, batch.seq_lens)
-        if backend.plan is not None and backend.attend is not None:
-            if spec.window not in self._plans:
-                sizes = {"block_size": self.block_size, "max_query_len": batch.max_query_len}
-                self._plans[spec.window] = backend.plan(*where, window=spec.window, **sizes)
-            return backend.attend(
-                q, k_cache, v_cache, self._plans[spec.window], scale=spec.scale, soft_cap=spec.soft_cap
-            )
+        if backend.attend is not None:
+            plan = self._plan(spec.window)
+            return backend.attend(q, k_cache, v_cache, plan, scale=spec.scale, soft_cap=spec.soft_cap)
         return backend.paged_attention(
             q,
             k_cache,
@@ -167,6 +183,21 @@ class PagedKVCache:
             window=spec.window,
             soft_cap=spec.soft_cap,
         )
+
+    def _plan(self, window: int | None) -> Any:
+        """What all layers with this window have in common in this step, worked out once."""
+        batch, plan = self._begun(), self.backend.plan
+        assert plan is not None, "backends that attend in two parts have it"
+        if window not in self._plans:
+            self._plans[window] = plan(
+                batch.block_tables,
+                batch.query_starts,
+                batch.seq_lens,
+                block_size=self.block_size,
+                max_query_len=batch.max_query_len,
+                window=window,
+            )
+        return self._plans[window]
 
 
 def pool_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -103,7 +103,8 @@ def make_runner(config: RunnerConfig, ranks: DistributedRanks | None = None) -> 
         quantize(decoder, config.quantization)
     elif decoder.device.type == "cpu" and not config.enforce_eager:
         decoder.make_head()
-        pack(decoder)
+        if pack(decoder):
+            decoder.gather_layers()
     sizes = SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, _context(decoder, config.max_model_len))
     backend = choose_backend(config.attention_backend, decoder.device, decoder.dtype)
     graphs = backend.name == "triton" and not config.enforce_eager and ranks is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +158,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(_make_block(config, number, ranks) for number in range(config.num_layers))
         self.final_norm = _make_norm(config) if config.final_norm else None
         self._fuses = fused.fuses(cast("Iterable[TransformerBlock]", self.layers), self.final_norm)
+        self._gathered: list[Any] | None = None
         self.head: nn.Module | None = (
             None if config.tied_head else nn.Linear(embedding_size, self.embedding.num_embeddings, bias=False)
         )
@@ -179,6 +180,11 @@ class Decoder(nn.Module):
             vocab_size, size = self.embedding.weight.shape
             self.head = nn.Linear(size, vocab_size, bias=False, device="meta")
             self.head.weight = self.embedding.weight
+
+    def gather_layers(self) -> None:
+        """Let a few tokens' layers be done each by one operation, where there is one; the weights stay as they are now."""
+        if self._fuses and all(layer.rotary is not None for layer in self.config.layers):
+            self._gathered = fused.gather(cast("Iterable[TransformerBlock]", self.layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,8 +219,11 @@ class Decoder(nn.Module):
         for rotary, embedding in self.rotaries.items():
             rotations[rotary] = embedding(positions, x.dtype)
         blocks = cast("Iterable[TransformerBlock]", self.layers)
-        layers = zip(blocks, (rotations[layer.rotary] for layer in self.config.layers), strict=True)
+        turns = [rotations[layer.rotary] for layer in self.config.layers]
+        layers = zip(blocks, turns, strict=True)
         if self._fuses and self.final_norm is not None and fused.takes_part(kv):
+            if self._gathered is not None and kv.takes_layers():
+                return fused.run_whole_layers(zip(self._gathered, turns, strict=True), self.final_norm, x, kv)
             return fused.run_layers(layers, self.final_norm, x, kv)
         for layer, rotation in layers:
             x = layer(x, rotation, kv)

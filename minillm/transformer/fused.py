@@ -7,23 +7,29 @@ a GPU) or a call (on a CPU), and for few tokens that is more than its arithmetic
 - residual sum and norm: a sublayer's output waits until the next sublayer's norm adds it;
 - rotary positions and the key/value write, by a store that does both (`FusedStore`).
 
+For a few tokens on a CPU a whole layer is one operation, where there is a kernel for such layers (`gather`).
+
 Blocks are not called here, only their parts: a hook on a block hears nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minillm.transformer.blocks import TransformerBlock
+from minillm.transformer.feed_forward import GatedFeedForward
 from minillm.transformer.kv import FusedStore, KVStore
+from minillm.transformer.linear import PackedLinear
 from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.norms import RMSNorm
 from minillm.transformer.positions import Rotation
+from minillm.transformer.twins import twin
 
 
 def fuses(layers: Iterable[TransformerBlock], final_norm: nn.Module | None) -> bool:
@@ -53,6 +59,53 @@ def run_layers(
         normed = _add(x, out, layer.feed_forward_norm.norm)
         out = layer.feed_forward_norm.finish(layer.feed_forward(normed))
     return _add(x, out, final_norm)
+
+
+def gather(layers: Iterable[TransformerBlock]) -> list[Any] | None:
+    """The layers' weights as the kernel takes them that does a whole layer; None where it cannot do all of them.
+
+    It can: layers with RMSNorm before each sublayer, a gated feed-forward network with SiLU, and matrix products whose
+    packed weights it reads (`PackedLinear.few`).
+    """
+    gathered = [_gather(layer) for layer in layers]
+    return None if any(layer is None for layer in gathered) else gathered
+
+
+@torch.no_grad()
+def _gather(layer: TransformerBlock) -> Any:
+    attention, feed_forward = layer.attention, layer.feed_forward
+    around = (layer.attention_norm, layer.feed_forward_norm)
+    if any(sublayer.placement != "pre" or sublayer.ranks is not None for sublayer in around):
+        return None
+    if not isinstance(feed_forward, GatedFeedForward) or feed_forward.activation is not F.silu:
+        return None
+    products = [
+        linear.few if isinstance(linear, PackedLinear) else None
+        for linear in (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
+    ]
+    norms = [sublayer.norm for sublayer in around]
+    head_norms = [] if attention.q_norm is None else [attention.q_norm, attention.k_norm]
+    first = norms[0]
+    if not isinstance(first, RMSNorm) or any(product is None for product in products):
+        return None
+    alike = {(norm.eps, norm.weight_offset, norm.weight.dtype) for norm in [*norms, *head_norms]}
+    kernel = twin("decoder_layer", first.weight)
+    if kernel is None or len(alike) > 1:
+        return None
+    weights, head_weights = ([norm.weight for norm in some] for some in (norms, head_norms))
+    return kernel.gather(weights, head_weights or None, products, first.eps, first.weight_offset)
+
+
+def run_whole_layers(
+    layers: Iterable[tuple[Any, Rotation | None]],
+    final_norm: nn.Module,
+    x: Float[Tensor, "tokens hidden"],
+    kv: FusedStore,
+) -> Float[Tensor, "tokens hidden"]:
+    """`run_layers` for gathered layers, where the store takes them."""
+    for number, (layer, rotation) in enumerate(layers):
+        kv.run_layer(number, layer, x, rotation)
+    return _add(x, None, final_norm)
 
 
 def _add(x: Tensor, out: Tensor | None, norm: nn.Module) -> Tensor:

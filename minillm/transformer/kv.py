@@ -129,6 +129,12 @@ class FusedStore(KVStore, Protocol):
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """`attend` with q and k turned."""
 
+    def takes_layers(self) -> bool:
+        """Whether it has an operation that does whole layers of this call's tokens."""
+
+    def run_layer(self, layer: int, weights: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
+        """All of a layer, whose weights are as that operation takes them, in place of x."""
+
 
 @runtime_checkable
 class ReorderableStore(KVStore, Protocol):

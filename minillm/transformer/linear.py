@@ -3,7 +3,8 @@
 At load, each takes the place of an `nn.Linear`; the model does not notice (`swap_linears`).
 
 - `PackedLinear`: the same weights in the order in which oneDNN's matrix product reads them. `F.linear` arranges them
-  anew in every call, or reads them against the grain.
+  anew in every call, or reads them against the grain. Products of a few rows read the same memory by a kernel of our
+  own (`minillm.kernels.cpu.packed_linear`).
 - `Int8Linear`, `Int4Linear`: weight-only quantisation. One token's matrix products read every weight once and do two
   operations with it, so that the bytes of the weights are the time (Gholami et al. 2021, "A Survey of Quantization
   Methods for Efficient Neural Network Inference", §I). Activations stay as they are.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +43,32 @@ class PackedLinear(nn.Module):
         weight: ``[out, in]``, float32 or bfloat16 on the CPU.
     """
 
+    @torch.no_grad()
     def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_FOR)
         self.bias = None if bias is None else bias.detach()
+        self.kernel = twin("packed_linear", self.packed)
+        self.few = None
+        if self.kernel is not None:
+            self.few = self._for_few_rows(self.kernel)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.kernel is not None and self.few is not None and x.numel() <= self.kernel.FEW_ROWS * self.in_features:
+            rows = self.kernel.product(x.reshape(-1, self.in_features), self.few)
+            return rows.view(*x.shape[:-1], self.out_features)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
+
+    def _for_few_rows(self, kernel: ModuleType) -> Any:
+        """The kernel's view of the packed weight; None where its product is not oneDNN's: the layout is another one."""
+        few = kernel.view(self.packed, self.bias, self.out_features, self.in_features)
+        if few is None:
+            return None
+        x = torch.randn(1, self.in_features, generator=torch.Generator().manual_seed(0)).to(self.packed.dtype)
+        ours, theirs = kernel.product(x, few).float(), self(x).float()
+        return few if (ours - theirs).norm() < 0.02 * theirs.norm() else None
 
 
 def packed_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> PackedLinear | None:

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 PACKAGES = {"cpu": "minillm.kernels.cpu", "cuda": "minillm.kernels.gpu"}
-OPERATIONS = {"cpu": ("rms_norm", "rotary", "silu_mul", "quantized"), "cuda": ("rms_norm", "rotary", "silu_mul")}
+OPERATIONS = {
+    "cpu": ("rms_norm", "rotary", "silu_mul", "quantized", "packed_linear", "decoder_layer"),
+    "cuda": ("rms_norm", "rotary", "silu_mul"),
+}
 """Those for which PyTorch takes several kernels or calls where one does."""
 _warned: set[str] = set()
 

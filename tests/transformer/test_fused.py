@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 pytest.importorskip("numba")
 from minillm.cache.backends import REFERENCE, attention_backend
@@ -12,7 +16,9 @@ from minillm.cache.block_table import BlockTable
 from minillm.cache.paged import PagedBatch, PagedKVCache
 from minillm.transformer import fused
 from minillm.transformer.decoder import Decoder, DecoderConfig, LayerConfig
+from minillm.transformer.linear import PackedLinear, swap_linears
 from minillm.transformer.positions import RotaryConfig
+from tests.kernels.test_packed_linear import few_rows
 
 ROTARY = RotaryConfig(16)
 FORMS = {
@@ -38,13 +44,13 @@ def decoder(**changes) -> Decoder:
     return model
 
 
-def paged_logits(model: Decoder, backend) -> torch.Tensor:
-    """A prompt of 9 tokens and one of 2, then a step of one token each."""
-    kv = PagedKVCache(model.config, 8, 4, backend=backend)
+def paged_logits(model: Decoder, backend, steps=((9, 2), (1, 1))) -> torch.Tensor:
+    """Logits of two sequences' tokens, so many of each in each step: prompts of 9 and 2, then a token each."""
+    kv = PagedKVCache(model.config, 8, 4, dtype=model.dtype, backend=backend)
     pool = BlockPool(8, 4)
     tables = [BlockTable(pool), BlockTable(pool)]
     found = []
-    for counts in ((9, 2), (1, 1)):
+    for counts in steps:
         starts = [table.num_tokens for table in tables]
         for table, count in zip(tables, counts, strict=True):
             table.append(count)
@@ -85,3 +91,82 @@ def test_gradients_go_the_blocks_own_way(monkeypatch):
     monkeypatch.setattr(fused, "run_layers", None)
     logits = paged_logits(decoder(), attention_backend("numba", torch.device("cpu")))
     assert torch.isfinite(logits).all()
+
+
+FEW_STEPS = ((3, 1), (1, 2), (9, 2), (1, 1), (1, 1))
+WHOLE = {
+    "llama": {},
+    "qk norm, norm weights from 0": {"qk_norm": True, "norm_weight_offset": 1.0},
+    "windows, partly rotary, capped": {
+        "layers": (LayerConfig(3, RotaryConfig(8, interleaved=True)), LayerConfig(None, ROTARY)),
+        "attention_soft_cap": 2.0,
+    },
+    "biases": {"qkv_bias": True, "feed_forward_bias": True, "attention_out_bias": True},
+    "units that do not fill a block": {"intermediate_size": 70, "hidden_size": 100},
+}
+
+
+class HandPacked(PackedLinear):
+    """Laid out here instead of by oneDNN, so that the kernels have their layout on every machine."""
+
+    def __init__(self, weight, bias=None):
+        nn.Module.__init__(self)
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.few = few_rows(self.weight, self.bias)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", WHOLE)
+def test_whole_layers_equal_the_blocks_own_way(form, dtype, monkeypatch):
+    plain = decoder(**WHOLE[form])
+    model = copy.deepcopy(plain).to(dtype)
+    swap_linears(model, HandPacked)
+    model.gather_layers()
+    calls = []
+    run = fused.run_whole_layers
+    monkeypatch.setattr(fused, "run_whole_layers", lambda *arguments: calls.append(1) or run(*arguments))
+    numba = attention_backend("numba", torch.device("cpu"), dtype)
+    with torch.inference_mode():
+        ours = paged_logits(model, numba, FEW_STEPS)
+        rounded = plain.to(dtype).double()  # the same weights, computed exactly
+        exact = paged_logits(rounded, REFERENCE, FEW_STEPS)
+    assert len(calls) == 4, "the step of 11 tokens is not for it"
+    tolerance = 1e-4 if dtype is torch.float32 else 2**-4
+    assert (ours - exact).norm() < tolerance * exact.norm()
+    if dtype is torch.float32:
+        torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_placement": "sandwich"},
+        {"gated": False},
+        {"activation": "gelu_tanh"},
+        {"layers": (LayerConfig(None, None), LayerConfig(None, ROTARY))},
+    ],
+)
+def test_other_layers_are_not_gathered(changes):
+    model = decoder(**changes)
+    swap_linears(model, HandPacked)
+    model.gather_layers()
+    assert model._gathered is None
+
+
+def test_layers_that_are_not_packed_are_not_gathered():
+    model = decoder()
+    model.gather_layers()
+    assert model._gathered is None
+
+
+def test_steps_with_a_common_beginning_are_not_for_whole_layers():
+    """They read what is common once for all."""
+    numba = attention_backend("numba", torch.device("cpu"))
+    keys, edges = torch.tensor([5000, 5000]), torch.tensor([0, 1, 2])
+    for tables, taken in (([list(range(313))] * 2, False), ([list(range(313)), list(range(313, 626))], True)):
+        plan = numba.plan(torch.tensor(tables), edges, keys, block_size=16, max_query_len=1, window=None)
+        assert numba.takes_layers(2, plan) is taken
+        assert not numba.takes_layers(5, plan)

@@ -1,0 +1,79 @@
+"""Products of a few rows with weights that oneDNN has laid out, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+from minillm.kernels.cpu import packed_linear
+from minillm.kernels.cpu.bfloat16 import bits
+from minillm.kernels.cpu.packed_linear import LAYOUTS, FewRows, product
+from minillm.transformer.linear import PackedLinear
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def few_rows(weight: torch.Tensor, bias: torch.Tensor | None) -> FewRows:
+    """A weight laid out as oneDNN does where the kernel can read it: blocks of outputs, filled up with zeros."""
+    width, side_by_side = LAYOUTS[weight.dtype]
+    outputs, inputs = weight.shape
+    full = torch.zeros(-(-outputs // width) * width, inputs, dtype=weight.dtype)
+    full[:outputs] = weight
+    blocks = full.view(-1, width, inputs // side_by_side, side_by_side).transpose(1, 2).contiguous()
+    nothing = torch.empty(0, dtype=weight.dtype)
+    return FewRows(blocks, bits(blocks).reshape(len(blocks), -1), bits(nothing if bias is None else bias), outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    outputs=st.integers(1, 300),
+    half_inputs=st.integers(1, 200),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_float64(dtype, rows, outputs, half_inputs, has_bias, seed):
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, 2 * half_inputs).to(dtype), torch.randn(outputs, 2 * half_inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype) if has_bias else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    ours = product(x, few_rows(weight, bias))
+    assert ours.dtype is dtype
+    tolerance = (1e-5, 1e-6) if dtype is torch.float32 else (2**-8, 1e-4)
+    size = (2 * half_inputs) ** 0.5
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance[0], atol=tolerance[1] * size)
+
+
+@pytest.mark.parametrize("sizes", [(960, 576), (3072, 576), (1, 1), (3, 5), (90, 50), (384, 128), (65, 64), (8192, 64)])
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_whatever_layout_onednn_takes_the_layer_is_right(sizes, rows):
+    torch.manual_seed(0)
+    weight = torch.randn(sizes)
+    try:
+        layer = PackedLinear(weight)
+    except (RuntimeError, AttributeError):
+        pytest.skip("this PyTorch does not pack weights")
+    x = torch.randn(rows, sizes[1])
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), F.linear(x, weight), atol=1e-4, rtol=1e-4)
+
+
+def test_another_layout_is_noticed(monkeypatch):
+    """As many bytes in another order: the trial product differs, and oneDNN does all of them."""
+    weight = torch.randn(128, 64)
+    try:
+        layer = PackedLinear(weight)
+    except (RuntimeError, AttributeError):
+        pytest.skip("this PyTorch does not pack weights")
+    if layer.few is None:
+        pytest.skip("oneDNN takes another layout here already")
+    monkeypatch.setattr(packed_linear, "view", lambda *_: few_rows(weight.flip(0), None))
+    layer = PackedLinear(weight)
+    assert layer.few is None
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(weight[:1]), F.linear(weight[:1], weight), atol=1e-4, rtol=1e-4)
