@@ -4,8 +4,8 @@ What it computes: what `minillm.transformer.fused.run_layers` does for one layer
 rotation, key/value write, paged attention, projection, residual sum and norm, gated feed-forward network, residual sum.
 
 How it maps to the hardware: for one token, all between the products is some microseconds of arithmetic a layer, and was
-a third of the time, because each of nine calls makes tensors of its arguments' memory, allocates its result, and goes
-through Python. Here it is one call, and the threads that the products have woken are still awake for the next. CUDA graphs are
+a third of the time, because each of nine calls makes arrays of its arguments, allocates its result, and goes through
+Python. Here it is one call, and the threads that one product has woken are still awake for the next. CUDA graphs are
 the same idea on a GPU. What bounds it: reading the weights, once a step.
 
 Definition of right: `minillm.transformer.blocks.TransformerBlock`.
@@ -104,9 +104,11 @@ def _layer(
     attended = np.zeros((tokens, heads, head_dim), x.dtype)
     parts = max(1, min(threads, ends[-1] * kv_heads // MIN_TILES_PER_THREAD))
     _attend(
-        parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, 0, common_lse, common_mean, scale, cap, attended
+        parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, 0, common_lse, common_mean,
+        scale, cap, attended
     )  # fmt: skip
-    multiply(threads, arrays.attention_out, attended.reshape(tokens, heads * head_dim), arrays.attention_out_bias, added)
+    flat = attended.reshape(tokens, heads * head_dim)
+    multiply(threads, arrays.attention_out, flat, arrays.attention_out_bias, added)
 
     _add_rms_norm(x, added, arrays.feed_forward_norm, normed, eps, weight_offset)
     gate_up = np.empty((tokens, 2 * intermediate), x.dtype)

@@ -3,9 +3,9 @@
 What it computes: x · weightᵀ + bias. For one row this is reading the weight once; nothing else takes time, if reading
 is done well. oneDNN's own product of one row reads at half to two thirds of what the memory gives.
 
-How it maps to the hardware: `PackedLinear` keeps the weight in blocks of 64 (float32) or 32 (bfloat16) outputs, in each
-of which the inputs follow one another, so that a block is one stretch of memory: ``[outputs / 64, inputs, 64]``, or
-``[outputs / 32, inputs / 2, 32, 2]``. One number of x is multiplied with a row of 64 weights and added to 64 sums, which
+How it maps to the hardware: `PackedLinear` keeps the weight in blocks of 64 (float32) or 32 (bfloat16) outputs, in
+each of which the inputs follow one another, so that a block is one stretch of memory: ``[outputs / 64, inputs, 64]``, or
+``[outputs / 32, inputs / 2, 32, 2]``. A number of x is multiplied with a row of 64 weights and added to 64 sums, which
 stay in registers from the first input to the last. That is what Numba's loops cannot be made to promise (they write
 the sums to memory and read them again, which was no faster than oneDNN), so the loop is given to LLVM as it is to be:
 `_add_products`. Two blocks are read at the same time, because two streams keep the memory busier than one, and each is

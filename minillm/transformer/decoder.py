@@ -182,7 +182,7 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
 
     def gather_layers(self) -> None:
-        """Let a few tokens' layers be done each by one operation, where there is one; the weights stay as they are now."""
+        """From now on do each layer by one operation for a few tokens, where there is one; the weights stay as they are."""
         if self._fuses and all(layer.rotary is not None for layer in self.config.layers):
             self._gathered = fused.gather(cast("Iterable[TransformerBlock]", self.layers))
 
