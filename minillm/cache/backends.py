@@ -21,7 +21,7 @@ class AttentionBackend(NamedTuple):
         rotate_and_write: `apply_rotary` and `write_kv` in one, where the backend has that; returns the turned queries.
         plan, attend: `paged_attention` in two parts, where the backend has them: what all layers of a step have in
             common, and one layer's attention.
-        takes_layers, run_layer: whether a step is for the operation that does all of a layer, and that operation, where
+        takes_layers, run_layers: whether a step is for the operation that does all layers, and that operation, where
             the backend has it.
     """
 
@@ -32,7 +32,7 @@ class AttentionBackend(NamedTuple):
     plan: Callable[..., Any] | None = None
     attend: Callable[..., Tensor] | None = None
     takes_layers: Callable[..., bool] | None = None
-    run_layer: Callable[..., None] | None = None
+    run_layers: Callable[..., None] | None = None
 
 
 REFERENCE = AttentionBackend("reference", reference.write_kv, reference.paged_attention)
@@ -78,7 +78,7 @@ def _load(name: str) -> AttentionBackend:
     backend = AttentionBackend(name, write.write_kv, attention.paged_attention, rotary.rotate_and_write)
     if name != "numba":
         return backend
-    layer = importlib.import_module(f"{package}.decoder_layer")
+    layers = importlib.import_module(f"{package}.decoder_layers")
     return backend._replace(
-        plan=attention.plan, attend=attention.attend, takes_layers=layer.takes, run_layer=layer.run
+        plan=attention.plan, attend=attention.attend, takes_layers=layers.takes, run_layers=layers.run
     )

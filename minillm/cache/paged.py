@@ -144,20 +144,23 @@ class PagedKVCache:
         takes, tokens = self.backend.takes_layers, len(self._begun().slot_mapping)
         return takes is not None and all(takes(tokens, self._plan(spec.window)) for spec in set(self.specs))
 
-    def run_layer(self, layer: int, weights: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
-        batch, spec, operation = self._begun(), self.specs[layer], self.backend.run_layer
+    def run_layers(self, layers: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
+        batch, operation = self._begun(), self.backend.run_layers
         assert operation is not None, "takes_layers() is asked first"
         operation(
             x,
-            weights,
+            layers,
             rotation.cos,
             rotation.sin,
-            *self.layers[layer],
+            self.store,
             batch.slot_mapping,
-            self._plan(spec.window),
+            batch.block_tables,
+            batch.query_starts,
+            batch.seq_lens,
             interleaved=rotation.interleaved,
-            scale=spec.scale,
-            soft_cap=spec.soft_cap,
+            scale=self.specs[0].scale,
+            windows=[spec.window for spec in self.specs],
+            soft_cap=self.specs[0].soft_cap,
         )
 
     def _begun(self) -> PagedBatch:

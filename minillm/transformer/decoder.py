@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(_make_block(config, number, ranks) for number in range(config.num_layers))
         self.final_norm = _make_norm(config) if config.final_norm else None
         self._fuses = fused.fuses(cast("Iterable[TransformerBlock]", self.layers), self.final_norm)
-        self._gathered: list[Any] | None = None
+        self._gathered: Any = None
         self.head: nn.Module | None = (
             None if config.tied_head else nn.Linear(embedding_size, self.embedding.num_embeddings, bias=False)
         )
@@ -182,9 +182,11 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
 
     def gather_layers(self) -> None:
-        """From now on do each layer by one operation for a few tokens, where there is one; the weights stay as they are."""
-        if self._fuses and all(layer.rotary is not None for layer in self.config.layers):
-            self._gathered = fused.gather(cast("Iterable[TransformerBlock]", self.layers))
+        """From now on do all layers by one operation for a few tokens, if it can; the weights stay as they are."""
+        rotaries = {layer.rotary for layer in self.config.layers}
+        if self._fuses and len(rotaries) == 1 and None not in rotaries:
+            with torch.no_grad():
+                self._gathered = fused.gather(cast("Iterable[TransformerBlock]", self.layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -219,11 +221,12 @@ class Decoder(nn.Module):
         for rotary, embedding in self.rotaries.items():
             rotations[rotary] = embedding(positions, x.dtype)
         blocks = cast("Iterable[TransformerBlock]", self.layers)
-        turns = [rotations[layer.rotary] for layer in self.config.layers]
-        layers = zip(blocks, turns, strict=True)
+        layers = zip(blocks, (rotations[layer.rotary] for layer in self.config.layers), strict=True)
         if self._fuses and self.final_norm is not None and fused.takes_part(kv):
-            if self._gathered is not None and kv.takes_layers():
-                return fused.run_whole_layers(zip(self._gathered, turns, strict=True), self.final_norm, x, kv)
+            rotation = rotations[self.config.layers[0].rotary]
+            if self._gathered is not None and rotation is not None and kv.takes_layers():
+                kv.run_layers(self._gathered, x, rotation)
+                return self.final_norm(x)
             return fused.run_layers(layers, self.final_norm, x, kv)
         for layer, rotation in layers:
             x = layer(x, rotation, kv)

@@ -7,7 +7,7 @@ a GPU) or a call (on a CPU), and for few tokens that is more than its arithmetic
 - residual sum and norm: a sublayer's output waits until the next sublayer's norm adds it;
 - rotary positions and the key/value write, by a store that does both (`FusedStore`).
 
-For a few tokens on a CPU a whole layer is one operation, where there is a kernel for such layers (`gather`).
+For a few tokens on a CPU all layers are one operation, where there is a kernel for such layers (`gather`).
 
 Blocks are not called here, only their parts: a hook on a block hears nothing.
 """
@@ -15,7 +15,7 @@ Blocks are not called here, only their parts: a hook on a block hears nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -61,51 +61,57 @@ def run_layers(
     return _add(x, out, final_norm)
 
 
-def gather(layers: Iterable[TransformerBlock]) -> list[Any] | None:
-    """The layers' weights as the kernel takes them that does a whole layer; None where it cannot do all of them.
+def gather(layers: Iterable[TransformerBlock]) -> Any:
+    """The layers' weights as the kernel takes them that does all layers; None where it cannot do them.
 
     It can: layers with RMSNorm before each sublayer, a gated feed-forward network with SiLU, and matrix products whose
     packed weights it reads (`PackedLinear.few`).
     """
-    gathered = [_gather(layer) for layer in layers]
-    return None if any(layer is None for layer in gathered) else gathered
-
-
-@torch.no_grad()
-def _gather(layer: TransformerBlock) -> Any:
-    attention, feed_forward = layer.attention, layer.feed_forward
-    around = (layer.attention_norm, layer.feed_forward_norm)
-    if any(sublayer.placement != "pre" or sublayer.ranks is not None for sublayer in around):
+    parts = [_parts(layer) for layer in layers]
+    if not parts or None in parts:
         return None
-    if not isinstance(feed_forward, GatedFeedForward) or feed_forward.activation is not F.silu:
-        return None
-    products = [
-        linear.few if isinstance(linear, PackedLinear) else None
-        for linear in (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
-    ]
-    norms = [sublayer.norm for sublayer in around]
-    head_norms = [] if attention.q_norm is None else [attention.q_norm, attention.k_norm]
-    first = norms[0]
-    if not isinstance(first, RMSNorm) or any(product is None for product in products):
-        return None
-    alike = {(norm.eps, norm.weight_offset, norm.weight.dtype) for norm in [*norms, *head_norms]}
-    kernel = twin("decoder_layer", first.weight)
+    found = [part for part in parts if part is not None]
+    first = found[0].norms[0]
+    alike = {(norm.eps, norm.weight_offset, norm.weight.dtype) for part in found for norm in part.all_norms}
+    kernel = twin("decoder_layers", first.weight)
     if kernel is None or len(alike) > 1:
         return None
-    weights, head_weights = ([norm.weight for norm in some] for some in (norms, head_norms))
-    return kernel.gather(weights, head_weights or None, products, first.eps, first.weight_offset)
+    layers_weights = [
+        kernel.LayerWeights(*([norm.weight for norm in some] for some in (part.norms, part.head_norms)), part.products)
+        for part in found
+    ]
+    return kernel.stack(layers_weights, first.eps, first.weight_offset)
 
 
-def run_whole_layers(
-    layers: Iterable[tuple[Any, Rotation | None]],
-    final_norm: nn.Module,
-    x: Float[Tensor, "tokens hidden"],
-    kv: FusedStore,
-) -> Float[Tensor, "tokens hidden"]:
-    """`run_layers` for gathered layers, where the store takes them."""
-    for number, (layer, rotation) in enumerate(layers):
-        kv.run_layer(number, layer, x, rotation)
-    return _add(x, None, final_norm)
+class _Parts(NamedTuple):
+    """Of a layer that can be gathered, what holds its weights."""
+
+    norms: list[RMSNorm]
+    head_norms: list[RMSNorm]
+    products: list[Any]
+
+    @property
+    def all_norms(self) -> list[RMSNorm]:
+        return [*self.norms, *self.head_norms]
+
+
+def _parts(layer: TransformerBlock) -> _Parts | None:
+    around, attention, feed_forward = (
+        (layer.attention_norm, layer.feed_forward_norm),
+        layer.attention,
+        layer.feed_forward,
+    )
+    if not isinstance(feed_forward, GatedFeedForward) or feed_forward.activation is not F.silu:
+        return None
+    if any(sublayer.placement != "pre" or sublayer.ranks is not None for sublayer in around):
+        return None
+    linears = (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
+    products = [linear.few for linear in linears if isinstance(linear, PackedLinear) and linear.few is not None]
+    if len(products) < len(linears):
+        return None
+    norms = [sublayer.norm for sublayer in around if isinstance(sublayer.norm, RMSNorm)]
+    head_norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+    return _Parts(norms, head_norms, products) if len(norms) == len(around) else None
 
 
 def _add(x: Tensor, out: Tensor | None, norm: nn.Module) -> Tensor:

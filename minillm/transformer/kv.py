@@ -130,10 +130,10 @@ class FusedStore(KVStore, Protocol):
         """`attend` with q and k turned."""
 
     def takes_layers(self) -> bool:
-        """Whether it has an operation that does whole layers of this call's tokens."""
+        """Whether it has an operation that does all layers of this call's tokens."""
 
-    def run_layer(self, layer: int, weights: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
-        """All of a layer, whose weights are as that operation takes them, in place of x."""
+    def run_layers(self, layers: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
+        """Make of x, in place, what all layers make of it; their weights are as that operation takes them."""
 
 
 @runtime_checkable

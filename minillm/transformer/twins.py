@@ -12,7 +12,7 @@ from torch import Tensor
 
 PACKAGES = {"cpu": "minillm.kernels.cpu", "cuda": "minillm.kernels.gpu"}
 OPERATIONS = {
-    "cpu": ("rms_norm", "rotary", "silu_mul", "quantized", "packed_linear", "decoder_layer"),
+    "cpu": ("rms_norm", "rotary", "silu_mul", "quantized", "packed_linear", "decoder_layers"),
     "cuda": ("rms_norm", "rotary", "silu_mul"),
 }
 """Those for which PyTorch takes several kernels or calls where one does."""

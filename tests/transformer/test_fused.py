@@ -98,7 +98,7 @@ WHOLE = {
     "llama": {},
     "qk norm, norm weights from 0": {"qk_norm": True, "norm_weight_offset": 1.0},
     "windows, partly rotary, capped": {
-        "layers": (LayerConfig(3, RotaryConfig(8, interleaved=True)), LayerConfig(None, ROTARY)),
+        "layers": tuple(LayerConfig(window, RotaryConfig(8, interleaved=True)) for window in (3, None, 5, 5)),
         "attention_soft_cap": 2.0,
     },
     "biases": {"qkv_bias": True, "feed_forward_bias": True, "attention_out_bias": True},
@@ -126,8 +126,8 @@ def test_whole_layers_equal_the_blocks_own_way(form, dtype, monkeypatch):
     swap_linears(model, HandPacked)
     model.gather_layers()
     calls = []
-    run = fused.run_whole_layers
-    monkeypatch.setattr(fused, "run_whole_layers", lambda *arguments: calls.append(1) or run(*arguments))
+    run = PagedKVCache.run_layers
+    monkeypatch.setattr(PagedKVCache, "run_layers", lambda *arguments: calls.append(1) or run(*arguments))
     numba = attention_backend("numba", torch.device("cpu"), dtype)
     with torch.inference_mode():
         ours = paged_logits(model, numba, FEW_STEPS)
@@ -147,6 +147,7 @@ def test_whole_layers_equal_the_blocks_own_way(form, dtype, monkeypatch):
         {"gated": False},
         {"activation": "gelu_tanh"},
         {"layers": (LayerConfig(None, None), LayerConfig(None, ROTARY))},
+        {"layers": (LayerConfig(None, RotaryConfig(8)), LayerConfig(None, ROTARY))},
     ],
 )
 def test_other_layers_are_not_gathered(changes):

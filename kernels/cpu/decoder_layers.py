@@ -1,0 +1,221 @@
+"""All layers of the decoder for a few tokens, on the CPU, in one call.
+
+What it computes: what `minillm.transformer.fused.run_layers` does, by the same kernels: norm, projection, rotation,
+key/value write, paged attention, projection, residual sum and norm, gated feed-forward network, residual sum.
+
+How it maps to the hardware: for one token, all between the products is some microseconds of arithmetic a layer, and was
+a third of the time, because each of nine calls makes arrays of its arguments, allocates its result, and goes through
+Python. Here a step is one call, and the threads that one product has woken are still awake for the next. CUDA graphs
+are the same idea on a GPU. What bounds it: reading the weights, once a step.
+
+Definition of right: `minillm.transformer.blocks.TransformerBlock`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from numba import carray, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from minillm.kernels.cpu.bfloat16 import bits, read, write
+from minillm.kernels.cpu.fast_math import LOG2_E, use_torch_threads
+from minillm.kernels.cpu.packed_linear import FEW_ROWS, FewRows, multiply, outputs_of_a_block
+from minillm.kernels.cpu.paged_attention import FAR, MIN_TILES_PER_THREAD, NOTHING_COMMON, Plan, _attend, _rows
+from minillm.kernels.cpu.rms_norm import _add_rms_norm, _normalise, _rms_norm
+from minillm.kernels.cpu.rotary import _turn
+from minillm.kernels.cpu.silu_mul import _few
+
+NORMS, HEAD_NORMS, PRODUCTS = 2, 2, 4
+QKV, ATTENTION_OUT, GATE_UP, DOWN = range(PRODUCTS)
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights.
+
+    Attributes:
+        norms: before attention and before the feed-forward network.
+        head_norms: of each head's queries and keys, or nothing.
+        products: queries, keys and values; attention's output; gate and up; down.
+    """
+
+    norms: Sequence[Float[Tensor, "hidden"]]
+    head_norms: Sequence[Float[Tensor, "head_dim"]]
+    products: Sequence[FewRows]
+
+
+class Stack(NamedTuple):
+    """Layers as `run` takes them.
+
+    Attributes:
+        layers: keep the memory.
+        vectors: for each layer, address and length of its norms, its head norms, and its products' biases.
+        blocks: for each layer, address, blocks and numbers of a block of its products' weights.
+        eps, weight_offset: of all norms.
+    """
+
+    layers: Sequence[LayerWeights]
+    vectors: Any
+    blocks: Any
+    eps: float
+    weight_offset: float
+
+
+def stack(layers: Sequence[LayerWeights], eps: float, weight_offset: float) -> Stack:
+    """Layers for `run`: a table of where their weights lie, so that a step hands over one array for all of them."""
+    vectors = np.zeros((len(layers), NORMS + HEAD_NORMS + PRODUCTS, 2), np.int64)
+    blocks = np.zeros((len(layers), PRODUCTS, 3), np.int64)
+    for number, layer in enumerate(layers):
+        norms, head_norms = ([bits(norm) for norm in some] for some in (layer.norms, layer.head_norms))
+        for start, some in ((0, norms), (NORMS, head_norms), (NORMS + HEAD_NORMS, [p.bias for p in layer.products])):
+            for place, array in enumerate(some, start):
+                vectors[number, place] = array.ctypes.data, len(array)
+        for place, product in enumerate(layer.products):
+            blocks[number, place] = product.blocks.ctypes.data, *product.blocks.shape
+    return Stack(layers, vectors, blocks, eps, weight_offset)
+
+
+@intrinsic
+def _pointer(typing_context, like, address):
+    """An address as one of numbers as `like` holds."""
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[1], context.get_value_type(pointer))
+
+    return pointer(like, types.int64), generate
+
+
+@njit(inline="always")
+def _vector(like, place):
+    return carray(_pointer(like, place[0]), place[1])
+
+
+@njit(inline="always")
+def _matrix(like, place):
+    return carray(_pointer(like, place[0]), (place[1], place[2]))
+
+
+@njit(nogil=True, cache=True)
+def _rotate_and_write(
+    projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
+):  # fmt: skip
+    """The queries, turned; keys, turned, and values into their slots; heads normalised before, if they are."""
+    heads, kv_heads, block_size = q.shape[1], k_cache.shape[1], k_cache.shape[2]
+    for token in range(len(slots)):
+        for head in range(heads):
+            source = projected[token, head]
+            if len(q_norm):
+                _normalise(source, q_norm, source, eps, weight_offset)
+            _turn(source, cos[token], sin[token], interleaved, q[token, head])
+        if slots[token] >= 0:
+            block, place = divmod(slots[token], block_size)
+            for head in range(kv_heads):
+                source = projected[token, heads + head]
+                if len(k_norm):
+                    _normalise(source, k_norm, source, eps, weight_offset)
+                _turn(source, cos[token], sin[token], interleaved, k_cache[block, head, place])
+                v_cache[block, head, place] = projected[token, heads + kv_heads + head]
+
+
+@njit(nogil=True, cache=True)
+def _add(x, added):
+    for token in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            x[token, i] = write(x[token, i], read(x[token, i]) + read(added[token, i]))
+
+
+@njit(nogil=True, cache=True)
+def _layers(
+    threads, x, vectors, blocks, eps, weight_offset, cos, sin, interleaved, store, slots,
+    tables, query_starts, seq_lens, windows, no_lse, no_mean, scale, cap
+):  # fmt: skip
+    tokens, hidden = x.shape
+    kv_heads, block_size, head_dim = store.shape[3], store.shape[4], store.shape[5]
+    width = outputs_of_a_block(x)
+    heads, intermediate = blocks[0, ATTENTION_OUT, 2] // width // head_dim, blocks[0, DOWN, 2] // width
+    normed, added = np.empty_like(x), np.empty_like(x)
+    projected = np.empty((tokens, heads + 2 * kv_heads, head_dim), x.dtype)
+    q, attended = np.empty((tokens, heads, head_dim), x.dtype), np.empty((tokens, heads, head_dim), x.dtype)
+    gate_up, middle = np.empty((tokens, 2 * intermediate), x.dtype), np.empty((tokens, intermediate), x.dtype)
+    seqs, lengths, ends = _rows(query_starts, seq_lens, windows[0], block_size, 0)
+    for layer in range(len(vectors)):
+        norm, next_norm = _vector(x, vectors[layer, 0]), _vector(x, vectors[layer, 1])
+        q_norm, k_norm = _vector(x, vectors[layer, 2]), _vector(x, vectors[layer, 3])
+        bias = vectors[layer, NORMS + HEAD_NORMS :]
+        weight = blocks[layer]
+        k_cache, v_cache = store[0, layer], store[1, layer]
+
+        _rms_norm(x, norm, normed, eps, weight_offset)
+        multiply(threads, _matrix(x, weight[QKV]), normed, _vector(x, bias[QKV]), projected.reshape(tokens, -1))
+        _rotate_and_write(
+            projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
+        )  # fmt: skip
+        if layer and windows[layer] != windows[layer - 1]:
+            seqs, lengths, ends = _rows(query_starts, seq_lens, windows[layer], block_size, 0)
+        parts = max(1, min(threads, ends[-1] * kv_heads // MIN_TILES_PER_THREAD))
+        attended[:] = 0
+        _attend(
+            parts, q, k_cache, v_cache, tables, seqs, lengths, ends, windows[layer], 0, no_lse, no_mean,
+            scale, cap, attended
+        )  # fmt: skip
+        flat = attended.reshape(tokens, heads * head_dim)
+        multiply(threads, _matrix(x, weight[ATTENTION_OUT]), flat, _vector(x, bias[ATTENTION_OUT]), added)
+
+        _add_rms_norm(x, added, next_norm, normed, eps, weight_offset)
+        multiply(threads, _matrix(x, weight[GATE_UP]), normed, _vector(x, bias[GATE_UP]), gate_up)
+        _few(gate_up, middle)
+        multiply(threads, _matrix(x, weight[DOWN]), middle, _vector(x, bias[DOWN]), added)
+        _add(x, added)
+
+
+def takes(tokens: int, plan: Plan) -> bool:
+    """Whether `run` is for a step of so many tokens: a few, each with keys of its own."""
+    return tokens <= FEW_ROWS and not plan.many and not len(plan.shared)
+
+
+def run(
+    x: Float[Tensor, "tokens hidden"],
+    layers: Stack,
+    cos: Float[Tensor, "tokens half"],
+    sin: Float[Tensor, "tokens half"],
+    store: Float[Tensor, "two layers blocks kv_heads block_size head_dim"],
+    slot_mapping: Int[Tensor, "tokens"],
+    block_tables: Int[Tensor, "seqs max_blocks"],
+    query_starts: Int[Tensor, "seqs_and_one"],
+    seq_lens: Int[Tensor, "seqs"],
+    *,
+    interleaved: bool,
+    scale: float,
+    windows: Sequence[int | None],
+    soft_cap: float | None = None,
+) -> None:
+    """Make of x, in place, what the layers make of it; save the tokens' keys and values in their slots.
+
+    Args:
+        windows: how far each layer looks back.
+    """
+    _layers(
+        use_torch_threads(),
+        bits(x),
+        layers.vectors,
+        layers.blocks,
+        layers.eps,
+        layers.weight_offset,
+        bits(cos),
+        bits(sin),
+        interleaved,
+        bits(store),
+        slot_mapping.numpy(),
+        np.ascontiguousarray(block_tables.numpy()),  # else Numba compiles once more, for rows that are not
+        query_starts.numpy(),
+        seq_lens.numpy(),
+        np.array([FAR if window is None else window for window in windows]),
+        *NOTHING_COMMON,
+        np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
+        np.float32(soft_cap or 0.0),
+    )
