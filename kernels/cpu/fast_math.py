@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import config, njit, set_num_threads, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import config, njit, set_num_threads
 
 from minillm.kernels.cpu.bfloat16 import bits_to_float
 
@@ -22,7 +17,6 @@ ONLY_PRANGE = dict.fromkeys(
 """Numba's option `parallel`: threads where `prange` says so, and nowhere else."""
 
 LOG2_E = 1.4426950408889634
-CACHE_LINE = 64
 
 
 def use_torch_threads() -> int:
@@ -52,26 +46,3 @@ def exp2(x):
     p = p * f + np.float32(6.9315308e-1)
     p = p * f + np.float32(9.9999994e-1)
     return p * bits_to_float(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
-
-
-@intrinsic
-def _prefetch(typing_context, address):
-    """Ask the memory for a cache line that will be read soon."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, near, data = number(0), number(3), number(1)
-        builder.call(function, [builder.inttoptr(args[0], pointer), read, near, data])
-        return context.get_dummy_value()
-
-    return types.void(types.uintp), generate
-
-
-@njit(inline="always")
-def prefetch(rows):
-    """Ask for all of a contiguous array, a cache line at a time."""
-    start = rows.ctypes.data
-    for line in range(0, rows.size * rows.itemsize, CACHE_LINE):
-        _prefetch(np.uintp(start + line))

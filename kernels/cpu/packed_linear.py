@@ -6,10 +6,10 @@ is done well. oneDNN's own product of one row reads at half to two thirds of wha
 How it maps to the hardware: `PackedLinear` keeps the weight in blocks of 64 (float32) or 32 (bfloat16) outputs, in
 each of which the inputs follow one another, so that a block is one stretch of memory: ``[outputs / 64, inputs, 64]``,
 or ``[outputs / 32, inputs / 2, 32, 2]``. A number of x is multiplied with a row of 64 weights and added to 64 sums,
-which stay in registers from the first input to the last. That is what Numba's loops cannot be made to promise (they wrote
-the sums to memory and read them again, no faster than oneDNN), so the loop is given to LLVM as it is to be:
-`_add_products`. Two blocks are read at the same time, because two streams keep the memory busier than one. In bfloat16
-each is asked for 2 KiB ahead; in float32 the hardware is ahead by itself. The blocks are divided among the threads.
+which stay in registers from the first input to the last. Numba's own loops wrote them to memory and read them again,
+and were no faster than oneDNN; so the loop is given to LLVM as it is to be (`_add_products`). Two blocks are read at
+the same time, because two streams keep the memory busier than one. In bfloat16 each is asked for 2 KiB ahead; in
+float32 the hardware is ahead by itself. The blocks are divided among the threads.
 
 All of SmolLM2-135M's products but the head, ms, medians on two cores, oneDNN / here: float32 without AVX-512 20 / 12,
 float32 with AVX-512 18 / 14, bfloat16 with AVX-512 9.4 / 5.9. What bounds it: reading.
@@ -20,19 +20,19 @@ Definition of right: ``torch.nn.functional.linear`` of the weight that was packe
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from minillm.kernels.cpu.bfloat16 import bits, read, write
-from minillm.kernels.cpu.fast_math import CACHE_LINE, ONLY_PRANGE, use_torch_threads
+from minillm.kernels.cpu.fast_math import ONLY_PRANGE, use_torch_threads
+from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, Builder
 
 FEW_ROWS = 4
 """So many rows are better served here; more make a product bound by arithmetic, for which oneDNN is better."""
@@ -68,65 +68,31 @@ def _make_add_products(streams: int) -> Any:
         lanes, side_by_side = LAYOUTS[torch.float32 if weight.dtype == types.float32 else torch.bfloat16]
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            number, index = ir.FloatType(), ir.IntType(64)
-            bit32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-            vector, words = ir.VectorType(number, lanes), ir.VectorType(bit32, lanes)
-            fma_type = ir.FunctionType(vector, [vector] * 3)
-            fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{lanes}f32")
-            ask_type = ir.FunctionType(ir.VoidType(), [byte, bit32, bit32, bit32])
-            ask = cgutils.get_or_insert_function(builder.module, ask_type, "llvm.prefetch.p0")
+            b = Builder(context, builder)
+            weights, xs, totals = (b.array(signature.args[at], args[at]) for at in (0, 2, 5))
+            starts = [b.row(weights, builder.add(args[1], INDEX(s))) for s in range(streams)]
+            x_at = builder.ptrtoint(xs.data, INDEX)
+            targets = [b.plus(builder.ptrtoint(totals.data, INDEX), s, 4 * lanes) for s in range(streams)]
 
-            weights, xs, totals = (
-                context.make_array(signature.args[at])(context, builder, args[at]) for at in (0, 2, 5)
-            )
-            first, last = args[3], args[4]
-            block_bytes = cgutils.unpack_tuple(builder, weights.strides)[0]
-            start = builder.add(builder.ptrtoint(weights.data, index), builder.mul(args[1], block_bytes))
-            starts = [builder.add(start, builder.mul(block_bytes, index(s))) for s in range(streams)]
-            targets = [
-                builder.bitcast(builder.gep(totals.data, [index(s * lanes)]), vector.as_pointer())
-                for s in range(streams)
-            ]
-            before = [builder.load(target, align=4) for target in targets]
+            def body(i: Any, sums: Sequence[Any]) -> list[Any]:
+                numbers = [b.spread(b.plus(b.plus(x_at, i, 4), k, 4), lanes) for k in range(side_by_side)]
+                after = []
+                for total, start in zip(sums, starts, strict=True):
+                    place = b.plus(start, i, 4 * lanes // side_by_side)
+                    if side_by_side == 1:
+                        rows = [b.load(place, lanes)]
+                    else:
+                        for line in range(0, 4 * lanes, CACHE_LINE):
+                            b.prefetch(b.plus(place, AHEAD + line, 1))
+                        rows = b.load_pairs(place, lanes)
+                    for number, row in zip(numbers, rows, strict=True):
+                        total = b.multiply_add(number, row, total)
+                    after.append(total)
+                return after
 
-            entry = builder.block
-            loop, end = builder.append_basic_block("inputs"), builder.append_basic_block("end")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            i = builder.phi(index)
-            i.add_incoming(first, entry)
-            sums = [builder.phi(vector) for _ in range(streams)]
-            for total, value in zip(sums, before, strict=True):
-                total.add_incoming(value, entry)
-            undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(words, [0] * lanes)
-            spread = []
-            for k in range(side_by_side):
-                value = builder.load(builder.gep(xs.data, [builder.add(i, index(k))]))
-                one = builder.insert_element(undefined, value, bit32(0))
-                spread.append(builder.shuffle_vector(one, undefined, zeros))
-            after = []
-            row_bytes = 4 * lanes
-            for total, at in zip(sums, starts, strict=True):
-                place = builder.add(at, builder.mul(i, index(row_bytes // side_by_side)))
-                for line in range(0, row_bytes, CACHE_LINE) if side_by_side == 2 else ():
-                    ahead = builder.inttoptr(builder.add(place, index(AHEAD + line)), byte)
-                    builder.call(ask, [ahead, bit32(0), bit32(3), bit32(1)])
-                row = builder.load(builder.inttoptr(place, words.as_pointer()), align=4)
-                halves = [row]
-                if side_by_side == 2:  # a bfloat16 is the upper half of a float32
-                    upper = ir.Constant(words, [0xFFFF0000] * lanes)
-                    halves = [builder.shl(row, ir.Constant(words, [16] * lanes)), builder.and_(row, upper)]
-                for value, half in zip(spread, halves, strict=True):
-                    total = builder.call(fma, [value, builder.bitcast(half, vector), total])
-                after.append(total)
-            following = builder.add(i, index(side_by_side))
-            i.add_incoming(following, loop)
-            for total, value in zip(sums, after, strict=True):
-                total.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following, last), loop, end)
-            builder.position_at_end(end)
-            for target, value in zip(targets, after, strict=True):
-                builder.store(value, target, align=4)
+            before = [b.load(target, lanes) for target in targets]
+            for total, target in zip(b.loop(args[3], args[4], side_by_side, before, body), targets, strict=True):
+                b.store(total, target)
             return context.get_dummy_value()
 
         return types.void(weight, block, x, first, last, sums), generate

@@ -11,8 +11,10 @@ How it maps to the hardware:
 
 - A tile [key, channel] is contiguous, some KiB, and stays in first-level cache while all query heads of its group meet
   it.
-- Scores are computed for four keys at a time and values added four at a time: a query's channels are read once for four
-  keys, and the running sum is written once for four values. LLVM makes 16 channels one instruction.
+- Scores are computed for four keys and all queries of a group (up to three or four) at a time, values are added for all
+  queries at a time: keys and values are read, and widened from bfloat16, once for the group, and the sums stay in
+  registers (`minillm.kernels.cpu.vectors`). On two cores without AVX-512, a tile and head took 336 ns with one query at
+  a time and takes 268; in bfloat16 284 and 199.
 - While a tile is worked on, the next one is asked for, some rows at a time. The blocks of a table lie anywhere, so that
   the hardware cannot guess it, and asking for all of it at once would fill the queue to memory and stop the arithmetic.
   Measured: 1.73 ms without asking, 1.50 all at once, 0.94 in between (64 sequences, float32, from memory).
@@ -45,7 +47,21 @@ from torch import Tensor
 
 from minillm.cache import reference
 from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
-from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, prefetch, use_torch_threads
+from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, use_torch_threads
+from minillm.kernels.cpu.vectors import (
+    HEADS_AT_A_TIME,
+    KEYS_AT_A_TIME,
+    LANES,
+    add_weighted_1,
+    add_weighted_2,
+    add_weighted_3,
+    add_weighted_4,
+    dots_of_1,
+    dots_of_2,
+    dots_of_3,
+    dots_of_4,
+    prefetch,
+)
 
 FAR = np.iinfo(np.int64).max // 2
 """A window that hides nothing."""
@@ -68,44 +84,66 @@ MIN_TILES_PER_THREAD = 48
 
 
 @njit(fastmath=FASTMATH, inline="always")
-def _scores(q, keys, first, end, scores, coming, turn, turns):
-    """scores[t] = q · keys[t], for first ≤ t < end; this turn's share of `coming` is asked for on the way."""
-    head_dim = len(q)
-    fours = first + (end - first) // 4 * 4
-    for t in range(first, fours, 4):
-        for row in range(t + turn, t + 4, turns):
+def _scores(queries, begin, end, keys, first, last, scores, coming):
+    """scores[h, t] = queries[h] · keys[t], for begin ≤ h < end, first ≤ t < last; `coming` is asked for on the way."""
+    head_dim = queries.shape[1]
+    whole = head_dim // LANES * LANES if head_dim >= LANES else 0
+    fours = first + (last - first) // KEYS_AT_A_TIME * KEYS_AT_A_TIME if whole else first
+    for t in range(first, fours, KEYS_AT_A_TIME):
+        for row in range(t, t + KEYS_AT_A_TIME):
             prefetch(coming[row])
-        k0, k1, k2, k3 = keys[t], keys[t + 1], keys[t + 2], keys[t + 3]
-        s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for d in range(head_dim):
-            s0 += q[d] * read(k0[d])
-            s1 += q[d] * read(k1[d])
-            s2 += q[d] * read(k2[d])
-            s3 += q[d] * read(k3[d])
-        scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = s0, s1, s2, s3
-    for t in range(fours, end):
-        k0, s0 = keys[t], np.float32(0)
-        for d in range(head_dim):
-            s0 += q[d] * read(k0[d])
-        scores[t] = s0
+        head = begin
+        while head < end:
+            left = min(end - head, HEADS_AT_A_TIME)
+            if left == 4:
+                dots_of_4(queries, head, keys, t, whole, scores)
+            elif left == 3:
+                dots_of_3(queries, head, keys, t, whole, scores)
+            elif left == 2:
+                dots_of_2(queries, head, keys, t, whole, scores)
+            else:
+                dots_of_1(queries, head, keys, t, whole, scores)
+            head += left
+    for head in range(begin, end):
+        q = queries[head]
+        for t in range(first, last):
+            start = whole if t < fours else 0
+            if start < head_dim:
+                key, score = keys[t], scores[head, t] if start else np.float32(0)
+                for d in range(start, head_dim):
+                    score += q[d] * read(key[d])
+                scores[head, t] = score
 
 
 @njit(fastmath=FASTMATH, inline="always")
-def _add_values(weights, values, first, end, sums, coming, turn, turns):
-    """sums += weights[t] · values[t], over first ≤ t < end; asks for its share of `coming` on the way."""
-    head_dim = len(sums)
-    fours = first + (end - first) // 4 * 4
-    for t in range(first, fours, 4):
-        for row in range(t + turn, t + 4, turns):
+def _add_values(weights, begin, end, values, first, last, shrink, sums, coming):
+    """sums[h] = shrink[h] · sums[h] + Σ weights[h, t] · values[t], for begin ≤ h < end, first ≤ t < last; asks for
+    `coming` on the way."""
+    head_dim = sums.shape[1]
+    whole = head_dim // (2 * LANES) * (2 * LANES)
+    for dim in range(0, whole, 2 * LANES):
+        for row in range(len(coming) * dim // whole, len(coming) * (dim + 2 * LANES) // whole):
             prefetch(coming[row])
-        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
-        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-        for d in range(head_dim):
-            sums[d] += w0 * read(v0[d]) + w1 * read(v1[d]) + w2 * read(v2[d]) + w3 * read(v3[d])
-    for t in range(fours, end):
-        v0, w0 = values[t], weights[t]
-        for d in range(head_dim):
-            sums[d] += w0 * read(v0[d])
+        head = begin
+        while head < end:
+            left = min(end - head, HEADS_AT_A_TIME)
+            if left == 4:
+                add_weighted_4(weights, head, values, first, last, dim, shrink, sums)
+            elif left == 3:
+                add_weighted_3(weights, head, values, first, last, dim, shrink, sums)
+            elif left == 2:
+                add_weighted_2(weights, head, values, first, last, dim, shrink, sums)
+            else:
+                add_weighted_1(weights, head, values, first, last, dim, shrink, sums)
+            head += left
+    if whole < head_dim:
+        for head in range(begin, end):
+            for d in range(whole, head_dim):
+                sums[head, d] *= shrink[head]
+            for t in range(first, last):
+                weight, value = weights[head, t], values[t]
+                for d in range(whole, head_dim):
+                    sums[head, d] += weight * read(value[d])
 
 
 @njit(fastmath=FASTMATH, inline="always")
@@ -136,8 +174,8 @@ def _attend_part(
     heads = q.shape[1]
     group = heads // kv_heads
     query, mean = np.empty((heads, head_dim), np.float32), np.empty((heads, head_dim), np.float32)
-    weights = np.empty(block_size, np.float32)
-    largest, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
+    weights = np.empty((heads, block_size), np.float32)
+    largest, total, shrink = np.empty(heads, np.float32), np.empty(heads, np.float32), np.empty(heads, np.float32)
     tokens[part, 0] = tokens[part, 1] = -1
     at, stop = ends[-1] * part // parts, ends[-1] * (part + 1) // parts
     token = np.searchsorted(ends, at, "right") - 1
@@ -161,23 +199,22 @@ def _attend_part(
                 keys, values = k_cache[table[number], kv_head], v_cache[table[number], kv_head]
                 coming = table[min(number + 1, end - 1)]
                 next_keys, next_values = k_cache[coming, kv_head], v_cache[coming, kv_head]
-                for turn in range(group):
-                    head = kv_head * group + turn
-                    _scores(query[head], keys, first, last, weights, next_keys, turn, group)
+                heads_begin, heads_end = kv_head * group, (kv_head + 1) * group
+                _scores(query, heads_begin, heads_end, keys, first, last, weights, next_keys)
+                for head in range(heads_begin, heads_end):
+                    row = weights[head]
                     if cap > 0:
-                        _cap_scores(weights, first, last, cap)
+                        _cap_scores(row, first, last, cap)
                     best = largest[head]
                     for t in range(first, last):
-                        best = max(best, weights[t])
-                    shrink = exp2(largest[head] - best)
+                        best = max(best, row[t])
+                    shrink[head] = exp2(largest[head] - best)
                     added = np.float32(0)
                     for t in range(first, last):
-                        weights[t] = exp2(weights[t] - best)
-                        added += weights[t]
-                    largest[head], total[head] = best, total[head] * shrink + added
-                    for d in range(head_dim):
-                        mean[head, d] *= shrink
-                    _add_values(weights, values, first, last, mean[head], next_values, turn, group)
+                        row[t] = exp2(row[t] - best)
+                        added += row[t]
+                    largest[head], total[head] = best, total[head] * shrink[head] + added
+                _add_values(weights, heads_begin, heads_end, values, first, last, shrink, mean, next_values)
         if end - begin == ends[token + 1] - ends[token]:
             _finish(out, token, total, mean)
         else:
