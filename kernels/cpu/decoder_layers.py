@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 
 from minillm.kernels.cpu.bfloat16 import bits, read, write
@@ -29,6 +28,7 @@ from minillm.kernels.cpu.paged_attention import FAR, MIN_TILES_PER_THREAD, NOTHI
 from minillm.kernels.cpu.rms_norm import _add_rms_norm, _normalise, _rms_norm
 from minillm.kernels.cpu.rotary import _turn
 from minillm.kernels.cpu.silu_mul import _few
+from minillm.kernels.cpu.vectors import numbers_at
 
 NORMS, HEAD_NORMS, PRODUCTS = 2, 2, 4
 QKV, ATTENTION_OUT, GATE_UP, DOWN = range(PRODUCTS)
@@ -79,25 +79,14 @@ def stack(layers: Sequence[LayerWeights], eps: float, weight_offset: float) -> S
     return Stack(layers, vectors, blocks, eps, weight_offset)
 
 
-@intrinsic
-def _pointer(typing_context, like, address):
-    """An address as one of numbers as `like` holds."""
-    pointer = types.CPointer(like.dtype)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[1], context.get_value_type(pointer))
-
-    return pointer(like, types.int64), generate
-
-
 @njit(inline="always")
 def _vector(like, place):
-    return carray(_pointer(like, place[0]), place[1])
+    return numbers_at(like, place[0], place[1])
 
 
 @njit(inline="always")
 def _matrix(like, place):
-    return carray(_pointer(like, place[0]), (place[1], place[2]))
+    return numbers_at(like, place[0], (place[1], place[2]))
 
 
 @njit(nogil=True, cache=True)
@@ -134,7 +123,7 @@ def _layers(
     threads, x, vectors, blocks, eps, weight_offset, cos, sin, interleaved, store, slots,
     tables, query_starts, seq_lens, windows, no_lse, no_mean, scale, cap
 ):  # fmt: skip
-    tokens, hidden = x.shape
+    tokens = len(x)
     kv_heads, block_size, head_dim = store.shape[3], store.shape[4], store.shape[5]
     width = outputs_of_a_block(x)
     heads, intermediate = blocks[0, ATTENTION_OUT, 2] // width // head_dim, blocks[0, DOWN, 2] // width

@@ -6,20 +6,26 @@ rotary ones are copied.
 How it maps to the hardware: some KiB are read once and written once. PyTorch's way is a chain of seven operations for
 the queries and seven for the keys, each of which costs microseconds to call and goes over everything again; that, and
 nothing of the hardware, is what bounds it. `rotate_and_write` saves the next call too: it puts the turned keys, and the
-values, into their slots of the paged cache, for nobody else reads them.
+values, into their slots of the paged cache, for nobody else reads them. And it reads queries, keys and values where the
+packed projection left them, a token's side by side, without putting them together first.
 
 Definition of right: `minillm.transformer.positions.apply_rotary`, then `minillm.cache.reference.write_kv`.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba import njit
+from numba import njit, prange
 from torch import Tensor
 
 from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
-from minillm.kernels.cpu.fast_math import FASTMATH
+from minillm.kernels.cpu.fast_math import FASTMATH, ONLY_PRANGE, use_torch_threads
+from minillm.kernels.cpu.vectors import numbers_at
+
+MANY_TOKENS = 32
+"""So many are worth waking another thread."""
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -48,14 +54,32 @@ def _rotate(x, cos, sin, interleaved, out):
 
 
 @njit(nogil=True, cache=True)
-def _rotate_and_write(q, k, v, cos, sin, interleaved, q_out, k_cache, v_cache, slots):
-    _rotate(q, cos, sin, interleaved, q_out)
+def _rotate_and_write_one(token, places, cos, sin, interleaved, q_out, k_cache, v_cache, slots):
+    """One token's queries, keys and values; `places` has each one's address and bytes from token to token."""
+    heads, head_dim = q_out.shape[1:]
+    kv_heads = k_cache.shape[1]
+    q = numbers_at(q_out, places[0, 0] + token * places[0, 1], (heads, head_dim))
+    for head in range(heads):
+        _turn(q[head], cos[token], sin[token], interleaved, q_out[token, head])
+    if slots[token] >= 0:
+        k = numbers_at(q_out, places[1, 0] + token * places[1, 1], (kv_heads, head_dim))
+        v = numbers_at(q_out, places[2, 0] + token * places[2, 1], (kv_heads, head_dim))
+        block, place = divmod(slots[token], k_cache.shape[2])
+        for head in range(kv_heads):
+            _turn(k[head], cos[token], sin[token], interleaved, k_cache[block, head, place])
+            v_cache[block, head, place] = v[head]
+
+
+@njit(nogil=True, cache=True)
+def _rotate_and_write_few(places, cos, sin, interleaved, q_out, k_cache, v_cache, slots):
     for token in range(len(slots)):
-        if slots[token] >= 0:
-            block, place = divmod(slots[token], k_cache.shape[2])
-            for head in range(k.shape[1]):
-                _turn(k[token, head], cos[token], sin[token], interleaved, k_cache[block, head, place])
-                v_cache[block, head, place] = v[token, head]
+        _rotate_and_write_one(token, places, cos, sin, interleaved, q_out, k_cache, v_cache, slots)
+
+
+@njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
+def _rotate_and_write_many(places, cos, sin, interleaved, q_out, k_cache, v_cache, slots):
+    for token in prange(len(slots)):
+        _rotate_and_write_one(token, places, cos, sin, interleaved, q_out, k_cache, v_cache, slots)
 
 
 def supports(q: Tensor, k: Tensor) -> bool:
@@ -93,16 +117,12 @@ def rotate_and_write(
 ) -> Float[Tensor, "tokens heads head_dim"]:
     """`rotate`, and `write_kv` of the turned keys and the values; returns the turned queries."""
     q_out = torch.empty(q.shape, dtype=q.dtype)
-    _rotate_and_write(
-        bits(q.contiguous()),
-        bits(k.contiguous()),
-        bits(v.contiguous()),
-        bits(cos),
-        bits(sin),
-        interleaved,
-        bits(q_out),
-        bits(k_cache),
-        bits(v_cache),
-        slot_mapping.numpy(),
-    )
+    parts = [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v)]
+    places = np.array([(x.data_ptr(), x.stride(0) * x.itemsize) for x in parts])
+    arrays = (bits(cos), bits(sin), interleaved, bits(q_out), bits(k_cache), bits(v_cache), slot_mapping.numpy())
+    if len(q) < MANY_TOKENS:
+        _rotate_and_write_few(places, *arrays)
+    else:
+        use_torch_threads()
+        _rotate_and_write_many(places, *arrays)
     return q_out

@@ -13,7 +13,7 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import carray, config, njit, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
@@ -147,6 +147,23 @@ class Builder:
             upper = self.shuffle(total, total, range(lanes, 2 * lanes))
             total = self.ir.fadd(self.shuffle(total, total, range(lanes)), upper)
         return total
+
+
+@intrinsic
+def _pointer(typing_context, like, address):
+    """An address as one of numbers as `like` holds."""
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[1], context.get_value_type(pointer))
+
+    return pointer(like, types.int64), generate
+
+
+@njit(inline="always")
+def numbers_at(like, address, shape):
+    """A contiguous array of numbers as `like` holds, from an address on."""
+    return carray(_pointer(like, address), shape)
 
 
 @intrinsic
