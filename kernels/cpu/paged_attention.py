@@ -22,14 +22,15 @@ How it maps to the hardware:
   as there are threads (the idea of Osama et al. 2023, "Stream-K", for matrix products). A token that a cut goes through
   has several partial results, which are merged (Dao et al. 2023, "Flash-Decoding"). So one long sequence keeps all
   cores busy, and a batch of unequal ones ends everywhere at once.
-- Blocks that all sequences begin with (a system prompt, found by prefix caching) are read once for all: their keys with
-  the queries of all sequences are a matrix product (Juravsky et al. 2024, "Hydragen", §3). The online softmax of each
-  query then begins with what that came to, instead of with nothing.
+- Blocks that all sequences begin with (a system prompt, found by prefix caching) are read once for many: the queries of
+  all sequences meet a tile together, as if they were one large group (Juravsky et al. 2024, "Hydragen", §3). The online
+  softmax of each query then begins with what that came to, instead of with nothing.
 
 What bounds it: reading keys and values, each used for one group of queries. docs/benchmarks.md has how near it comes.
 
 Sequences that bring many queries (a prompt, or a long piece of one) are matrix products, which PyTorch's libraries do
-better: from `MANY_QUERIES` on they take the reference's way, gathered and through PyTorch's fused attention.
+better: from `MANY_QUERIES` and `MANY_SCORES` on they take the reference's way, gathered and through PyTorch's fused
+attention.
 
 Definition of right: `minillm.cache.reference.paged_attention`.
 """
@@ -65,11 +66,11 @@ from minillm.kernels.cpu.vectors import (
 
 FAR = np.iinfo(np.int64).max // 2
 """A window that hides nothing."""
-MANY_QUERIES = 16
-"""So many queries of one sequence are better served by matrix products.
+MANY_QUERIES, MANY_SCORES = 16, 2**14
+"""So many queries of one sequence, with so many scores (queries × keys), are better served by matrix products.
 
-Measured (`minillm bench cpu-attention`), after 512 keys, float32: 8 queries 0.35 ms here and 0.49 there, 16 queries
-0.70 and 0.67, 128 queries 6.5 and 3.3. Without keys before them the two meet at about 100 queries.
+Measured, eight sequences, float32: 24 queries after 512 keys 5.4 ms here and 7.4 there, 32 queries 7.1 and 6.8, 64
+queries 14.8 and 11.5; without keys before them 32 queries 0.4 and 2.1, 128 queries 3.8 and 5.8.
 """
 QUERY_TILE = 256
 """Of these, so many at a time: what stands behind the last of them is not looked at.
@@ -79,6 +80,8 @@ once, 49 and 140 by 256, 54 and 144 by 512, 55 and 155 by 128.
 """
 MIN_SHARED = 8192
 """Queries × common keys, from which on a product for all pays."""
+ROWS_AT_A_TIME = 24
+"""Queries that meet a common tile together; they, their sums and the tile stay in the first-level cache."""
 MIN_TILES_PER_THREAD = 48
 """Fewer are done before another thread has woken up."""
 
@@ -155,6 +158,28 @@ def _cap_scores(scores, first, end, cap):
         scores[t] = capped if scores[t] > 0 else -capped
 
 
+@njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
+def _attend_tile(
+    queries, begin, end, keys, values, first, last, cap, weights, largest, total, shrink, sums, next_keys, next_values
+):  # fmt: skip
+    """The online softmax's next step, for the queries begin ≤ h < end and the tile's keys first ≤ t < last."""
+    _scores(queries, begin, end, keys, first, last, weights, next_keys)
+    for head in range(begin, end):
+        row = weights[head]
+        if cap > 0:
+            _cap_scores(row, first, last, cap)
+        best = largest[head]
+        for t in range(first, last):
+            best = max(best, row[t])
+        shrink[head] = exp2(largest[head] - best)
+        added = np.float32(0)
+        for t in range(first, last):
+            row[t] = exp2(row[t] - best)
+            added += row[t]
+        largest[head], total[head] = best, total[head] * shrink[head] + added
+    _add_values(weights, begin, end, values, first, last, shrink, sums, next_values)
+
+
 @njit(fastmath=FASTMATH, inline="always")
 def _finish(out, token, total, mean):
     """Write a token's result."""
@@ -191,7 +216,7 @@ def _attend_part(
                 query[head, d] = read(q[token, head, d]) * scale
         if shared and at == ends[token]:
             for head in range(heads):
-                largest[head], total[head] = common_lse[token, head] * np.float32(LOG2_E), 1
+                largest[head], total[head] = common_lse[token, head], 1
                 mean[head] = common_mean[token, head]
         for number in range(begin, end):
             first, last = max(0, seen - number * block_size), min(block_size, length - number * block_size)
@@ -199,22 +224,10 @@ def _attend_part(
                 keys, values = k_cache[table[number], kv_head], v_cache[table[number], kv_head]
                 coming = table[min(number + 1, end - 1)]
                 next_keys, next_values = k_cache[coming, kv_head], v_cache[coming, kv_head]
-                heads_begin, heads_end = kv_head * group, (kv_head + 1) * group
-                _scores(query, heads_begin, heads_end, keys, first, last, weights, next_keys)
-                for head in range(heads_begin, heads_end):
-                    row = weights[head]
-                    if cap > 0:
-                        _cap_scores(row, first, last, cap)
-                    best = largest[head]
-                    for t in range(first, last):
-                        best = max(best, row[t])
-                    shrink[head] = exp2(largest[head] - best)
-                    added = np.float32(0)
-                    for t in range(first, last):
-                        row[t] = exp2(row[t] - best)
-                        added += row[t]
-                    largest[head], total[head] = best, total[head] * shrink[head] + added
-                _add_values(weights, heads_begin, heads_end, values, first, last, shrink, mean, next_values)
+                _attend_tile(
+                    query, kv_head * group, (kv_head + 1) * group, keys, values, first, last, cap,
+                    weights, largest, total, shrink, mean, next_keys, next_values
+                )  # fmt: skip
         if end - begin == ends[token + 1] - ends[token]:
             _finish(out, token, total, mean)
         else:
@@ -251,20 +264,61 @@ def _merge(out, tokens, stats, means):
         _finish(out, token, total, mean)
 
 
+@njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
+def _attend_to_common(kv_head, begin, end, few, q, k_cache, v_cache, blocks, scale, cap, lse, mean):
+    """Some of the queries that meet one head's keys, over these blocks: log₂ of the sum of 2^score, and the mean value.
+
+    Row r is the query r % group of the token few[r // group].
+    """
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    group, rows = q.shape[1] // kv_heads, end - begin
+    queries, sums = np.empty((rows, head_dim), np.float32), np.zeros((rows, head_dim), np.float32)
+    weights, shrink = np.empty((rows, block_size), np.float32), np.empty(rows, np.float32)
+    largest, total = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32)
+    for row in range(rows):
+        token, head = few[(begin + row) // group], kv_head * group + (begin + row) % group
+        for d in range(head_dim):
+            queries[row, d] = read(q[token, head, d]) * scale
+    for number in range(len(blocks)):
+        block, coming = blocks[number], blocks[min(number + 1, len(blocks) - 1)]
+        _attend_tile(
+            queries, 0, rows, k_cache[block, kv_head], v_cache[block, kv_head], 0, block_size, cap,
+            weights, largest, total, shrink, sums, k_cache[coming, kv_head], v_cache[coming, kv_head]
+        )  # fmt: skip
+    for row in range(rows):
+        token, head = few[(begin + row) // group], kv_head * group + (begin + row) % group
+        lse[token, head] = largest[row] + np.log2(total[row])
+        for d in range(head_dim):
+            mean[token, head, d] = sums[row, d] / total[row]
+
+
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
 def _attend(
-    parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, shared, common_lse, common_mean,
-    scale, cap, out
+    parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, common, few, scale, cap, out
 ):  # fmt: skip
-    _, heads, head_dim = q.shape
+    """All tokens of sequences with few queries; `few` are their numbers, `common` the blocks that they begin with."""
+    count, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[1]
+    lse, mean = np.empty((count, heads), np.float32), np.empty((count, heads, head_dim), np.float32)
+    rows = len(few) * (heads // kv_heads) if len(common) else 0
+    for chunk in prange(-(-rows // ROWS_AT_A_TIME) * kv_heads):
+        begin = chunk // kv_heads * ROWS_AT_A_TIME
+        end = min(rows, begin + ROWS_AT_A_TIME)
+        _attend_to_common(chunk % kv_heads, begin, end, few, q, k_cache, v_cache, common, scale, cap, lse, mean)
     tokens, stats = np.empty((parts, 2), np.int64), np.empty((parts, 2, 2, heads), np.float32)
     means = np.empty((parts, 2, heads, head_dim), np.float32)
     for part in prange(parts):
         _attend_part(
-            part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, shared, common_lse, common_mean,
+            part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, len(common), lse, mean,
             scale, cap, out, tokens, stats, means
         )  # fmt: skip
     _merge(out, tokens, stats, means)
+
+
+@njit(nogil=True, cache=True)
+def _are_many(queries, keys):
+    """Whether a sequence's queries are left to matrix products."""
+    return queries >= MANY_QUERIES and queries * keys >= MANY_SCORES
 
 
 @njit(nogil=True, cache=True)
@@ -279,7 +333,7 @@ def _rows(query_starts, seq_lens, window, block_size, shared):
             length = seq_lens[seq] - (end - 1 - token)
             seqs[token], lengths[token] = seq, length
             tiles = -(-length // block_size) - max(shared, (length - window) // block_size)
-            ends[token + 1] = ends[token] + (max(0, tiles) if end - start < MANY_QUERIES else 0)
+            ends[token + 1] = ends[token] + (0 if _are_many(end - start, seq_lens[seq]) else max(0, tiles))
     return seqs, lengths, ends
 
 
@@ -290,7 +344,7 @@ def _shared_blocks(tables, query_starts, seq_lens, block_size):
     first, shared = -1, 0
     for seq in range(len(seq_lens)):
         queries = query_starts[seq + 1] - query_starts[seq]
-        if queries >= MANY_QUERIES:
+        if _are_many(queries, seq_lens[seq]):
             continue
         before = (seq_lens[seq] - queries) // block_size
         if first < 0:
@@ -303,6 +357,9 @@ def _shared_blocks(tables, query_starts, seq_lens, block_size):
     return first, max(shared, 0)
 
 
+NOTHING = np.empty(0, np.int64)
+
+
 class Plan(NamedTuple):
     """What all layers of a step have in common, worked out once.
 
@@ -313,7 +370,7 @@ class Plan(NamedTuple):
         tiles: blocks that those have together.
         window: how far a token looks back, or `FAR`.
         shared: the blocks that those begin with, all of them, where there is enough in common.
-        few: their queries, where there is something in common and others are in the step.
+        few: the numbers of their queries, where there is.
     """
 
     block_tables: Int[Tensor, "seqs max_blocks"]
@@ -324,8 +381,8 @@ class Plan(NamedTuple):
     ends: Any
     tiles: int
     window: int
-    shared: Int[Tensor, "blocks"]
-    few: Int[Tensor, "few"] | None
+    shared: Any
+    few: Any
 
 
 def plan(
@@ -342,8 +399,11 @@ def plan(
     many = []
     if max_query_len >= MANY_QUERIES:
         edges = enumerate(itertools.pairwise(query_starts.tolist()))
+        keys = seq_lens.tolist()
         many = [
-            (seq, start, end, seq_lens[seq : seq + 1]) for seq, (start, end) in edges if end - start >= MANY_QUERIES
+            (seq, start, end, seq_lens[seq : seq + 1])
+            for seq, (start, end) in edges
+            if _are_many(end - start, keys[seq])
         ]
     # Contiguous, else Numba compiles once more, for rows that are not.
     tables, starts, lens = np.ascontiguousarray(block_tables.numpy()), query_starts.numpy(), seq_lens.numpy()
@@ -352,38 +412,8 @@ def plan(
     if queries * shared * block_size < MIN_SHARED:
         shared = 0
     seqs, lengths, ends = _rows(starts, lens, far, block_size, shared)
-    common = block_tables[first, :shared]
-    few = torch.from_numpy(np.flatnonzero(np.diff(ends))) if shared and many else None
-    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far, common, few)
-
-
-NOTHING_COMMON = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
-
-
-def _attend_to_common(
-    q: Float[Tensor, "tokens heads head_dim"],
-    k_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "blocks kv_heads block_size head_dim"],
-    blocks: Int[Tensor, "shared"],
-    scale: float,
-    soft_cap: float | None,
-) -> tuple[Float[Tensor, "tokens heads"], Float[Tensor, "tokens heads head_dim"]]:
-    """Every query over the keys of these blocks: the logarithm of its scores' exponentials' sum, and its mean value."""
-    tokens, kv_heads = len(q), k_cache.shape[1]
-    keys, values = (reference._gather(cache, blocks[None])[0].float() for cache in (k_cache, v_cache))
-    queries = q.float().unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
-    if soft_cap is not None:
-        scores = scores.div_(soft_cap).tanh_().mul_(soft_cap)
-    largest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    mean = torch.bmm(weights, values).div_(total)
-    logsumexp = total.log_().add_(largest).squeeze(-1)
-    logsumexp, mean = (
-        x.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2).contiguous() for x in (logsumexp, mean)
-    )
-    return logsumexp, mean
+    few = np.flatnonzero(np.diff(ends)) if shared else NOTHING
+    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far, tables[first, :shared], few)
 
 
 def attend(
@@ -414,16 +444,8 @@ def attend(
                 soft_cap=soft_cap,
             )
     if plan.tiles:
-        common: tuple[Any, Any] = NOTHING_COMMON
-        if len(plan.shared):
-            asking = q if plan.few is None else q[plan.few]
-            found: tuple[Tensor, ...] = _attend_to_common(asking, k_cache, v_cache, plan.shared, scale, soft_cap)
-            if plan.few is not None:
-                found = tuple(x.new_zeros(len(q), *x.shape[1:]).index_copy_(0, plan.few, x) for x in found)
-            common = found[0].numpy(), found[1].numpy()
-        parts = max(1, min(use_torch_threads(), plan.tiles * k_cache.shape[1] // MIN_TILES_PER_THREAD))
         _attend(
-            parts,
+            max(1, min(use_torch_threads(), plan.tiles * k_cache.shape[1] // MIN_TILES_PER_THREAD)),
             bits(q.contiguous()),
             bits(k_cache),
             bits(v_cache),
@@ -432,8 +454,8 @@ def attend(
             plan.lengths,
             plan.ends,
             plan.window,
-            len(plan.shared),
-            *common,
+            plan.shared,
+            plan.few,
             np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
             np.float32(soft_cap or 0.0),
             bits(out),

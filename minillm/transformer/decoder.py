@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(_make_block(config, number, ranks) for number in range(config.num_layers))
         self.final_norm = _make_norm(config) if config.final_norm else None
         self._fuses = fused.fuses(cast("Iterable[TransformerBlock]", self.layers), self.final_norm)
-        self._gathered: Any = None
+        self.gathered: Any = None
         self.head: nn.Module | None = (
             None if config.tied_head else nn.Linear(embedding_size, self.embedding.num_embeddings, bias=False)
         )
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         rotaries = {layer.rotary for layer in self.config.layers}
         if self._fuses and len(rotaries) == 1 and None not in rotaries:
             with torch.no_grad():
-                self._gathered = fused.gather(cast("Iterable[TransformerBlock]", self.layers))
+                self.gathered = fused.gather(cast("Iterable[TransformerBlock]", self.layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,8 +224,8 @@ class Decoder(nn.Module):
         layers = zip(blocks, (rotations[layer.rotary] for layer in self.config.layers), strict=True)
         if self._fuses and self.final_norm is not None and fused.takes_part(kv):
             rotation = rotations[self.config.layers[0].rotary]
-            if self._gathered is not None and rotation is not None and kv.takes_layers():
-                kv.run_layers(self._gathered, x, rotation)
+            if self.gathered is not None and rotation is not None and kv.takes_layers():
+                kv.run_layers(self.gathered, x, rotation)
                 return self.final_norm(x)
             return fused.run_layers(layers, self.final_norm, x, kv)
         for layer, rotation in layers:

@@ -451,27 +451,34 @@ print(f"copied: {copied / 1e6:5.2f} MB, {copied / needed:.1f} times as much")
 #
 # Numba (Lam et al. 2015) translates a Python function into machine code when it is first called with
 # arguments of some types. Loops over single numbers, which Python would interpret one operation at a time, become
-# machine loops. `minillm/kernels/cpu/paged_attention.py` is written like that. This is its product of one query with
-# the keys of a block:
+# machine loops. `minillm/kernels/cpu/paged_attention.py` is written like that. Only the two innermost loops are written
+# in terms of LLVM, Numba's own compiler, whose vectors hold several numbers each (`LANES`: 16 on a processor with
+# AVX-512, else 8). Here `b` writes instructions, and this is what is done for so many channels `d` of a head, when the
+# queries of a group meet four keys:
 
 # %%
 from minillm.kernels.cpu import paged_attention as cpu
+from minillm.kernels.cpu import vectors
 
-show_source(cpu._scores)
+show_part(vectors._make_dots, "def body", "]")
 
 # %% [markdown]
-# Leave the lines with `prefetch` aside for a moment. Four keys are done at a time, so that a channel of the query is
-# loaded once for four multiplications. The inner loop runs over the channels of a head, which lie side by side in
-# memory, and the compiler makes one instruction of several of them (of 16, on a processor with AVX-512). That is why a
-# block is stored as `[head, token, channel]`: what one head reads is one contiguous stretch.
-#
+# Each number is loaded once and used three or four times, and each pair of a query and a key has a sum of its own that
+# stays in a register. The channels of a head lie side by side in memory. That is why a block is stored as
+# `[head, token, channel]`: what one head reads is one contiguous stretch. Around it stands the loop over the keys of a
+# block, four at a time:
+
+# %%
+show_part(cpu._scores, "for t in range(first, fours", "head += left")
+
+# %% [markdown]
 # `prefetch` asks the memory for rows of the *next* block while this one is worked on. The hardware guesses such things
 # itself when data lie in one piece. It cannot guess what a block table says.
 #
-# The sum of weighted values has the same form:
+# The sum of weighted values has the same form. A value is loaded once for all queries of a group:
 
 # %%
-show_part(cpu._add_values, "for t in range(first, fours", "sums[d] +=")
+show_part(vectors._make_add_weighted, "def body", "]")
 
 # %% [markdown]
 # Around them stands the loop over the blocks of a sequence. You know it already. It is `add_block`, for every head,
@@ -479,11 +486,10 @@ show_part(cpu._add_values, "for t in range(first, fours", "sums[d] +=")
 # which is cheaper for a machine:
 
 # %%
-show_part(cpu._attend_part, "best = largest[head]", "_add_values(")
+show_part(cpu._attend_tile, "best = largest[head]", "_add_values(")
 
 # %% [markdown]
-# The query heads of a group come one after the other to the same block (`for turn in range(group)`), while it lies in
-# the processor's nearest cache. So a group costs one reading from memory.
+# All query heads of a group are served by one reading of the block. So a group costs one reading from memory.
 #
 # Now run it. The first call compiles, which can take half a minute. Where Numba has stored the result of an earlier
 # compilation on the disk, it only loads that.
@@ -539,8 +545,8 @@ show_part(cpu._attend_part, "at, stop =", "begin, end =")
 
 # %% [markdown]
 # (`window` belongs to models whose tokens look back only so far. Blocks before it are not read at all. Blocks that all
-# sequences begin with are read once for all, see notebook 12, section 5. When a sequence brings many queries at once,
-# from 16 on, the kernel leaves it to the reference: matrix products of that size are done best by PyTorch's own
+# sequences begin with are read once for all, see notebook 12, section 5. When a sequence brings many queries at once
+# and has many keys, the kernel leaves it to the reference: matrix products of that size are done best by PyTorch's own
 # libraries.)
 #
 # ## 6 · The fifth way: a kernel for the GPU

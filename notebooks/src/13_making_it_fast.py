@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minillm import LLM, SamplingParams, get_tokenizer, load_model
 from minillm.bench.limits import measure_rates
 from minillm.cache.contiguous import ContiguousCache
+from minillm.kernels.cpu import decoder_layers
 from minillm.models.loader import cpu_has_bfloat16, resolve_dtype
 from minillm.training.stories import tell
 from minillm.transformer import linear
@@ -376,17 +377,60 @@ show_source(PackedLinear)
 # %%
 show_source(linear.packing_pays)
 
-# %% tags=["nbval-ignore-output"]
+# %% [markdown]
+# An engine prepares more than that, unless `enforce_eager=True` forbids it. We take the other two things away for now:
+
+# %%
 packed = tiny(dtype="float32", attention_backend="numba")  # enforce_eager=False is the default
-assert record_engine("5 weights laid out", packed) == expected
-kinds = {type(layer).__name__ for layer in packed.engine.runner.decoder.modules() if "Linear" in type(layer).__name__}
-print("linear layers are", *kinds)
-print("here it pays" if "PackedLinear" in kinds else "here it does not pay: weights stay as they are")
+decoder = packed.engine.runner.decoder
+laid_out = [layer for layer in decoder.modules() if isinstance(layer, PackedLinear)]
+in_place, gathered = [layer.few for layer in laid_out], decoder.gathered
+decoder.gathered = None
+for layer in laid_out:
+    layer.few = None
+
+# %% tags=["nbval-ignore-output"]
+assert record_engine("5a weights laid out", packed) == expected
+print("here it pays" if laid_out else "here it does not pay: weights stay as they are")
 
 # %% [markdown]
 # For a batch, the products are most of a step, and a better product is felt. For one row there is less to win: each
-# weight is read, multiplied once, and gone. What may help even there is that weights are read in the order in which
-# they lie (section 6 measures it on a larger model).
+# weight is read, multiplied once, and gone. So for one row the question is how well it is *read*. oneDNN's product is
+# made for many rows, and reads at half of what the memory gives. The order itself is a good one, though: 64 outputs'
+# weights for the first input, then for the second, and so on. A loop that takes one number of x at a time, multiplies
+# it with 64 weights, and adds them to 64 sums in registers, goes straight through the memory. The layout is oneDNN's
+# own affair and differs between processors, so the layer tries at the start whether this loop's product is oneDNN's:
+
+# %%
+show_source(PackedLinear._for_few_rows)
+
+# %% tags=["nbval-ignore-output"]
+for layer, view in zip(laid_out, in_place, strict=True):
+    layer.few = view
+assert record_engine("5b few rows read in place", packed) == expected
+print(f"{sum(view is not None for view in in_place)} of {len(laid_out)} layers are read in place here")
+
+# %% [markdown]
+# ### One call for all layers
+#
+# Now the products are faster, and what lies between them weighs more. Section 4 made few calls of many. For a few
+# tokens one can go to the end: the whole pass through the layers as *one* compiled function, which calls the kernels
+# that we know, one after the other. This is its loop over the layers:
+
+# %%
+show_part(decoder_layers._layers, "_rms_norm(x, norm", "_add(x, added)")
+
+# %% tags=["nbval-ignore-output"]
+decoder.gathered = gathered
+assert record_engine("5c all layers in one call", packed) == expected
+at_last = calls_of_a_step(packed)
+print(f"{at_last.total():,} calls of PyTorch for one token, of {after.total():,} in section 4")
+assert gathered is None or at_last.total() < after.total() / 2
+
+# %% [markdown]
+# (Where the layout is another one, or the layers are of a kind that the function does not know, the engine goes the
+# way of section 4. A batch does so in any case: its products are oneDNN's.) On a GPU the same is done by recording a
+# step once and replaying it: CUDA graphs.
 #
 # ## 6 · Fewer bytes
 #
@@ -739,7 +783,7 @@ plt.show()
 
 # %% tags=["nbval-ignore-output"]
 reached = {"1 everything again": (places["the whole text again"], flops["loop"] * measured["1 everything again", 1])}
-for stage in ("2 keys and values kept", "3 many at once", "5 weights laid out"):
+for stage in ("2 keys and values kept", "3 many at once", "5c all layers in one call"):
     for count in (1,) if stage in loops else (1, MANY):
         name = f"{stage} ({count})"
         reached[name] = intensity(model, count), flops["alone"] * measured[stage, count]
@@ -768,9 +812,9 @@ plt.show()
 #
 # ### What one would do next
 #
-# - **Compile the step.** `torch.compile` does what section 4 did by hand: it joins operations into larger ones and
-#   takes the calls away. It needs a C++ compiler on your machine and its time at the start, and it must be told which
-#   shapes will come.
+# - **Compile the step.** `torch.compile` does what sections 4 and 5 did by hand: it joins operations into larger ones
+#   and takes the calls away. It needs a C++ compiler on your machine and its time at the start, and it must be told
+#   which shapes will come. vLLM does that on a CPU.
 # - **Guess ahead.** The bytes for one token alone are used for a single row. In *speculative decoding* (Leviathan et
 #   al. 2023, §2), a small model guesses some tokens and the large one checks them in one pass, as if they were a
 #   prompt. It moves to the right on the roofline *with a single user*, and the answers stay exactly as distributed as
@@ -789,6 +833,8 @@ plt.show()
 # | many at once | passes over the weights | no | most of all |
 # | kernels, fused | calls, small tensors written to be read once | yes | yes |
 # | weights laid out once | rearranging in each product | where the trial says so | where the trial says so |
+# | few rows read in place | waiting for memory | yes | no |
+# | all layers in one call | calls | yes | no |
 # | bfloat16 | half of all bytes | yes, with instructions for it | yes, with instructions for it |
 # | int8, int4 | bytes of weights | if the model is larger than the cache, and unpacking is cheap | hardly |
 #

@@ -56,8 +56,8 @@ def test_equals_float64(case, window, soft_cap, min_tiles):
 def test_a_common_beginning_is_read_for_all_at_once(data, soft_cap, min_tiles, shape):
     """Equal to float64, and the blocks in common are taken out of what single queries go over."""
     shared, size = data.draw(st.integers(1, 4)), shape["block_size"]
-    own = data.draw(st.lists(st.integers(1, 60), min_size=2, max_size=6))
-    queries = [data.draw(st.integers(1, min(more, 20))) for more in own]
+    own = data.draw(st.lists(st.integers(1, 60) | st.just(140), min_size=2, max_size=6))
+    queries = [data.draw(st.integers(1, min(more, 20)) if more < 140 else st.sampled_from([1, 140])) for more in own]
     case = make_case(
         queries,
         [shared * size + more for more in own],
@@ -66,7 +66,7 @@ def test_a_common_beginning_is_read_for_all_at_once(data, soft_cap, min_tiles, s
         dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
         shared=shared,
     )
-    few = [count for count in queries if count < kernel.MANY_QUERIES]
+    few = [count for count, more in zip(queries, own, strict=True) if not kernel._are_many(count, shared * size + more)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "MIN_TILES_PER_THREAD", min_tiles)
         patch.setattr(kernel, "MIN_SHARED", 1)

@@ -154,13 +154,13 @@ def test_other_layers_are_not_gathered(changes):
     model = decoder(**changes)
     swap_linears(model, HandPacked)
     model.gather_layers()
-    assert model._gathered is None
+    assert model.gathered is None
 
 
 def test_layers_that_are_not_packed_are_not_gathered():
     model = decoder()
     model.gather_layers()
-    assert model._gathered is None
+    assert model.gathered is None
 
 
 def test_steps_with_a_common_beginning_are_not_for_whole_layers():

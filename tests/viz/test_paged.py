@@ -74,7 +74,7 @@ def test_a_part_of_a_kernel_is_shown_as_it_was_written():
     from minillm.kernels.cpu import paged_attention as cpu
     from minillm.kernels.gpu import paged_attention as gpu
 
-    assert "```python\nbest = largest[head]\nfor t in" in show_part(cpu._attend_part, "best =", "for t").data
+    assert "```python\nbest = largest[head]\nfor t in" in show_part(cpu._attend_tile, "best =", "for t").data
     assert "tl.program_id(0)" in show_part(gpu._attend, "tile, kv_head", "seq =").data
 
 
@@ -127,7 +127,8 @@ def test_threads_read_what_the_cpu_kernel_gives_them(threads):
     for part, mine in enumerate(shares):
         out, tokens = np.full_like(q, NAN), np.zeros((threads, 2), np.int64)
         stats, means = np.zeros((threads, 2, 2, 2), np.float32), np.zeros((threads, 2, 2, 8), np.float32)
-        given = part, threads, q, k_cache, v_cache, tables, seqs, seen, ends, far, 0, *cpu.NOTHING_COMMON, scale, no_cap
+        common = np.zeros((0, 2), np.float32), np.zeros((0, 2, 8), np.float32)
+        given = part, threads, q, k_cache, v_cache, tables, seqs, seen, ends, far, 0, *common, scale, no_cap
         cpu._attend_part(*given, out, tokens, stats, means)
         whole = {seq for seq, begin, end in mine if end - begin == counts[seq]}
         assert {seq for seq in range(5) if not np.isnan(out[seq]).any()} == whole
