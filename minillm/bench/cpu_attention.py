@@ -122,9 +122,10 @@ SCALE = HEAD_DIM**-0.5
 
 def queries_table() -> Table:
     """Many queries of one sequence: each as a sequence of its own through the kernel, or together by PyTorch's way."""
-    from minillm.kernels.cpu.paged_attention import MANY_QUERIES, paged_attention
+    from minillm.kernels.cpu.paged_attention import MANY_QUERIES, MANY_SCORES, paged_attention
 
-    title = f"n queries behind a prefix, ms by kernel / gather + SDPA (which is taken from {MANY_QUERIES} on)"
+    taken = f"taken from {MANY_QUERIES} queries and {MANY_SCORES:,} queries × keys on"
+    title = f"n queries behind a prefix, ms by kernel / gather + SDPA ({taken})"
     counts = (2, 8, 16, 32, 128, 512)
     table = Table("prefix", "dtype", *map(str, counts), title=title)
     for prefix in (0, 512):
