@@ -14,6 +14,8 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from minillm.kernels.cpu import compiler  # noqa: F401 (before the first njit)
+
 DTYPES = (torch.float32, torch.bfloat16)
 """What `read` and `write`, and so the kernels, take."""
 

@@ -79,7 +79,7 @@ Measured, 2,048 queries of a prompt and 2,048 behind as many keys, one layer of 
 once, 49 and 140 by 256, 54 and 144 by 512, 55 and 155 by 128.
 """
 MIN_SHARED = 8192
-"""Queries × common keys, from which on a product for all pays."""
+"""Queries × common keys, from which on reading them once for all pays."""
 ROWS_AT_A_TIME = 24
 """Queries that meet a common tile together; they, their sums and the tile stay in the first-level cache."""
 MIN_TILES_PER_THREAD = 48

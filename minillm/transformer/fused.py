@@ -72,12 +72,16 @@ def gather(layers: Iterable[TransformerBlock]) -> Any:
         return None
     found = [part for part in parts if part is not None]
     first = found[0].norms[0]
-    alike = {(norm.eps, norm.weight_offset, norm.weight.dtype) for part in found for norm in part.all_norms}
+    alike = {(norm.eps, norm.weight_offset) for part in found for norm in part.all_norms}
+    dtypes = {norm.weight.dtype for part in found for norm in part.all_norms}
+    dtypes |= {product.packed.dtype for part in found for product in part.products}
     kernel = twin("decoder_layers", first.weight)
-    if kernel is None or len(alike) > 1:
+    if kernel is None or len(alike) > 1 or len(dtypes) > 1:
         return None
     layers_weights = [
-        kernel.LayerWeights(*([norm.weight for norm in some] for some in (part.norms, part.head_norms)), part.products)
+        kernel.LayerWeights(
+            *([norm.weight.detach() for norm in some] for some in (part.norms, part.head_norms)), part.products
+        )
         for part in found
     ]
     return kernel.stack(layers_weights, first.eps, first.weight_offset)

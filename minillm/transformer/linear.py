@@ -57,11 +57,14 @@ class PackedLinear(nn.Module):
             self.few = self._for_few_rows(self.kernel)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if self.kernel is not None and self.few is not None and x.numel() <= self.kernel.FEW_ROWS * self.in_features:
+        if self.few is not None and self.kernel is not None and self._is_few(x, self.kernel.FEW_ROWS):
             rows = self.kernel.product(x.reshape(-1, self.in_features), self.few)
             return rows.view(*x.shape[:-1], self.out_features)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
+
+    def _is_few(self, x: Tensor, most: int) -> bool:
+        return x.dtype is self.packed.dtype and x.numel() <= most * self.in_features
 
     def _for_few_rows(self, kernel: ModuleType) -> Any:
         """The kernel's view of the packed weight; None where its product is not oneDNN's: the layout is another one."""

@@ -89,9 +89,10 @@ def test_a_common_beginning_needs_to_be_worth_it_and_no_window():
         assert len(kernel.plan(*case.arguments[3:], window=None, **sizes).shared) == 3, "64 keys with the query itself"
 
 
-@pytest.mark.parametrize(("group", "block_size"), [(7, 1), (1, 8), (4, 32), (2, 64)])
-def test_shapes_of_models(group, block_size):
-    case = make_case([1, 1, 3], [70, 1, 33], kv_heads=2, group=group, head_dim=64, block_size=block_size)
+@pytest.mark.parametrize("head_dim", [6, 20, 64, 72])
+@pytest.mark.parametrize(("group", "block_size"), [(7, 1), (1, 8), (4, 32), (2, 64), (8, 6)])
+def test_shapes_of_models(group, block_size, head_dim):
+    case = make_case([1, 1, 3], [70, 1, 33], kv_heads=2, group=group, head_dim=head_dim, block_size=block_size)
     ours = attend(case)
     torch.testing.assert_close(ours.double(), float64_attention(case), atol=2e-5, rtol=2e-5)
 

@@ -73,7 +73,14 @@ def test_norm_of_heads_in_a_packed_projection(kernels, tokens, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dim"), [(9, 3, 64, 64), (4, 2, 32, 16), (2, 1, 80, 80)])
 @pytest.mark.parametrize("block_size", [1, 4])
-def test_rotary_and_write(kernels, heads, kv_heads, head_dim, dim, interleaved, block_size, dtype):
+@pytest.mark.parametrize("several_threads", [False, True])
+def test_rotary_and_write(
+    kernels, heads, kv_heads, head_dim, dim, interleaved, block_size, several_threads, dtype, monkeypatch
+):
+    if several_threads:
+        if kernels.package == MODULES["triton"]:
+            pytest.skip("a GPU has no such choice")
+        monkeypatch.setattr("minillm.kernels.cpu.rotary.MANY_TOKENS", 1)
     torch.manual_seed(0)
     packed = torch.randn(5, heads + 2 * kv_heads, head_dim).to(dtype)
     q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)

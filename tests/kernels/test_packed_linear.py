@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("numba")
-from minillm.kernels.cpu import packed_linear
+from minillm.kernels.cpu import compiler, packed_linear
 from minillm.kernels.cpu.bfloat16 import bits
 from minillm.kernels.cpu.packed_linear import LAYOUTS, FewRows, product
 from minillm.transformer.linear import PackedLinear
@@ -47,6 +50,49 @@ def test_equals_float64(dtype, rows, outputs, half_inputs, has_bias, seed):
     tolerance = (1e-5, 1e-6) if dtype is torch.float32 else (2**-8, 1e-4)
     size = (2 * half_inputs) ** 0.5
     torch.testing.assert_close(ours.double(), exact, rtol=tolerance[0], atol=tolerance[1] * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_blocks_divided_among_threads(dtype, rows):
+    """Enough weights for two threads, an odd number of blocks for each, and inputs that are no multiple of a tile."""
+    torch.manual_seed(0)
+    outputs, inputs = LAYOUTS[dtype][0] * 71 - 5, 334
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, inputs), (outputs, inputs), (outputs,)))
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-8
+    ours = product(x, few_rows(weight, bias)).double()
+    torch.testing.assert_close(ours, exact, rtol=tolerance, atol=1e-4)
+
+
+def test_numbers_of_another_dtype_are_not_read_as_the_weights():
+    layer = PackedLinear(torch.randn(64, 64))
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        layer(torch.randn(1, 64).half())
+
+
+def test_512_bits_are_asked_for_before_numba_asks_the_processor():
+    program = (
+        "import llvmlite.binding as b; b.get_host_cpu_features = lambda: {'avx512f': True}\n"
+        "import numba.core.codegen as c; c.get_host_cpu_features = lambda: ''\n"
+        "import minillm.kernels.cpu.paged_attention\n"
+        "from numba.core.registry import cpu_target\n"
+        "print(cpu_target.target_context.codegen()._tm_features)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "-prefer-256-bit" in found.stdout
+
+
+def test_code_that_was_compiled_of_other_sources_is_dropped(tmp_path):
+    (tmp_path / "kernel.py").write_text("1")
+    compiler.drop_old_code(tmp_path)
+    code = tmp_path / "__pycache__" / "kernel.nbi"
+    code.write_text("compiled")
+    compiler.drop_old_code(tmp_path)
+    assert code.exists(), "nothing has changed"
+    (tmp_path / "other.py").write_text("2")
+    compiler.drop_old_code(tmp_path)
+    assert not code.exists()
 
 
 @pytest.mark.parametrize("sizes", [(960, 576), (3072, 576), (1, 1), (3, 5), (90, 50), (384, 128), (65, 64), (8192, 64)])
