@@ -72,8 +72,9 @@ def gather(layers: Iterable[TransformerBlock]) -> Any:
         return None
     found = [part for part in parts if part is not None]
     first = found[0].norms[0]
-    alike = {(norm.eps, norm.weight_offset) for part in found for norm in part.all_norms}
-    dtypes = {norm.weight.dtype for part in found for norm in part.all_norms}
+    norms = [norm for part in found for norm in (*part.norms, *part.head_norms)]
+    alike = {(norm.eps, norm.weight_offset) for norm in norms}
+    dtypes = {norm.weight.dtype for norm in norms}
     dtypes |= {product.packed.dtype for part in found for product in part.products}
     kernel = twin("decoder_layers", first.weight)
     if kernel is None or len(alike) > 1 or len(dtypes) > 1:
@@ -94,17 +95,10 @@ class _Parts(NamedTuple):
     head_norms: list[RMSNorm]
     products: list[Any]
 
-    @property
-    def all_norms(self) -> list[RMSNorm]:
-        return [*self.norms, *self.head_norms]
-
 
 def _parts(layer: TransformerBlock) -> _Parts | None:
-    around, attention, feed_forward = (
-        (layer.attention_norm, layer.feed_forward_norm),
-        layer.attention,
-        layer.feed_forward,
-    )
+    around = (layer.attention_norm, layer.feed_forward_norm)
+    attention, feed_forward = layer.attention, layer.feed_forward
     if not isinstance(feed_forward, GatedFeedForward) or feed_forward.activation is not F.silu:
         return None
     if any(sublayer.placement != "pre" or sublayer.ranks is not None for sublayer in around):
