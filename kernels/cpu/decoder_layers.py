@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minillm.kernels.cpu.bfloat16 import bits, read, write
 from minillm.kernels.cpu.fast_math import LOG2_E, use_torch_threads
-from minillm.kernels.cpu.packed_linear import FEW_ROWS, FewRows, multiply, outputs_of_a_block
+from minillm.kernels.cpu.packed_linear import FEW_ROWS, FewRows, multiply, side_by_side
 from minillm.kernels.cpu.paged_attention import FAR, MIN_TILES_PER_THREAD, NOTHING, Plan, _attend, _rows
 from minillm.kernels.cpu.rms_norm import _add_rms_norm, _normalise, _rms_norm
 from minillm.kernels.cpu.rotary import _turn
@@ -54,7 +54,7 @@ class Stack(NamedTuple):
     Attributes:
         layers: keep the memory.
         vectors: for each layer, address and length of its norms, its head norms, and its products' biases.
-        blocks: for each layer, address, blocks and numbers of a block of its products' weights.
+        blocks: for each layer, address and shape of its products' weights.
         eps, weight_offset: of all norms.
     """
 
@@ -68,7 +68,7 @@ class Stack(NamedTuple):
 def stack(layers: Sequence[LayerWeights], eps: float, weight_offset: float) -> Stack:
     """Layers for `run`: a table of where their weights lie, so that a step hands over one array for all of them."""
     vectors = np.zeros((len(layers), NORMS + HEAD_NORMS + PRODUCTS, 2), np.int64)
-    blocks = np.zeros((len(layers), PRODUCTS, 3), np.int64)
+    blocks = np.zeros((len(layers), PRODUCTS, 4), np.int64)
     for number, layer in enumerate(layers):
         norms, head_norms = ([bits(norm) for norm in some] for some in (layer.norms, layer.head_norms))
         for start, some in ((0, norms), (NORMS, head_norms), (NORMS + HEAD_NORMS, [p.bias for p in layer.products])):
@@ -86,7 +86,7 @@ def _vector(like, place):
 
 @njit(inline="always")
 def _matrix(like, place):
-    return numbers_at(like, place[0], (place[1], place[2]))
+    return numbers_at(like, place[0], (place[1], place[2], place[3]))
 
 
 @njit(nogil=True, cache=True)
@@ -125,8 +125,8 @@ def _layers(
 ):  # fmt: skip
     tokens = len(x)
     kv_heads, block_size, head_dim = store.shape[3], store.shape[4], store.shape[5]
-    width = outputs_of_a_block(x)
-    heads, intermediate = blocks[0, ATTENTION_OUT, 2] // width // head_dim, blocks[0, DOWN, 2] // width
+    inputs = blocks[0, :, 2] * side_by_side(x)
+    heads, intermediate = inputs[ATTENTION_OUT] // head_dim, inputs[DOWN]
     normed, added = np.empty_like(x), np.empty_like(x)
     projected = np.empty((tokens, heads + 2 * kv_heads, head_dim), x.dtype)
     q, attended = np.empty((tokens, heads, head_dim), x.dtype), np.empty((tokens, heads, head_dim), x.dtype)

@@ -3,10 +3,10 @@
 What it computes: x · weightᵀ + bias. For one row this is reading the weight once; nothing else takes time, if reading
 is done well. oneDNN's own product of one row reads at half to two thirds of what the memory gives.
 
-How it maps to the hardware: `PackedLinear` keeps the weight in blocks of 64 (float32) or 32 (bfloat16) outputs, in
-each of which the inputs follow one another, so that a block is one stretch of memory: ``[outputs / 64, inputs, 64]``,
-or ``[outputs / 32, inputs / 2, 32, 2]``. A number of x is multiplied with a row of 64 weights and added to 64 sums,
-which stay in registers from the first input to the last. Numba's own loops wrote them to memory and read them again,
+How it maps to the hardware: `PackedLinear` keeps the weight in blocks of 64 outputs (32 on some processors), in each of
+which the inputs follow one another, so that a block is one stretch of memory: ``[outputs / 64, inputs, 64]``, in
+bfloat16 ``[outputs / 64, inputs / 2, 64, 2]``. A number of x is multiplied with a row of 64 weights and added to 64
+sums, which stay in registers from the first input to the last. Numba's own loops wrote them to memory and read them again,
 and were no faster than oneDNN; so the loop is given to LLVM as it is to be (`_add_products`). Two blocks are read at
 the same time, because two streams keep the memory busier than one. In bfloat16 each is asked for 2 KiB ahead; in
 float32 the hardware is ahead by itself. The blocks are divided among the threads.
@@ -20,6 +20,7 @@ Definition of right: ``torch.nn.functional.linear`` of the weight that was packe
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,28 +45,30 @@ AHEAD = 2048
 """Bytes before its turn that a part of a block is asked for, in bfloat16: 8.2 ms became 7.9, and 6.9 became 5.9, for
 all of SmolLM2's on two AVX-512 cores. In float32 asking takes time: 12.8 ms with, 11.5 without, on two cores without
 AVX-512."""
-LAYOUTS = {torch.float32: (64, 1), torch.bfloat16: (32, 2)}
-"""Outputs of a block, and consecutive inputs of an output that lie side by side."""
+WIDTHS = (64, 32)
+"""Outputs of a block, in the layouts that are read here; oneDNN chooses by processor, dtype and sizes."""
+SIDE_BY_SIDE = {torch.float32: 1, torch.bfloat16: 2}
+"""Consecutive inputs of an output that lie side by side."""
 
 
-def outputs_of_a_block(weight):  # pragma: no cover
-    """How many outputs each block of this weight is for."""
+def side_by_side(weight):  # pragma: no cover
+    """`SIDE_BY_SIDE` of a weight."""
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(outputs_of_a_block, inline="always")
-def _outputs_of_a_block(weight):
-    outputs = 64 if weight.dtype == types.float32 else 32
-    return lambda weight: outputs
+@overload(side_by_side, inline="always")
+def _side_by_side(weight):
+    inputs = SIDE_BY_SIDE[torch.float32 if weight.dtype == types.float32 else torch.bfloat16]
+    return lambda weight: inputs
 
 
-def _make_add_products(streams: int) -> Any:
-    """The inner loop, for so many blocks at the same time."""
+def _make_add_products(streams: int, lanes: int) -> Any:
+    """The inner loop, for so many blocks of so many outputs at the same time."""
 
     @intrinsic
     def add_products(typing_context, weight, block, x, first, last, sums):
         """sums[s, j] += Σᵢ x[i] · weight[block + s][i, j], over first ≤ i < last, for each stream s."""
-        lanes, side_by_side = LAYOUTS[torch.float32 if weight.dtype == types.float32 else torch.bfloat16]
+        pairs = weight.dtype != types.float32
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             b = Builder(context, builder)
@@ -75,11 +78,11 @@ def _make_add_products(streams: int) -> Any:
             targets = [b.plus(builder.ptrtoint(totals.data, INDEX), s, 4 * lanes) for s in range(streams)]
 
             def body(i: Any, sums: Sequence[Any]) -> list[Any]:
-                numbers = [b.spread(b.plus(b.plus(x_at, i, 4), k, 4), lanes) for k in range(side_by_side)]
+                numbers = [b.spread(b.plus(b.plus(x_at, i, 4), k, 4), lanes) for k in range(1 + pairs)]
                 after = []
                 for total, start in zip(sums, starts, strict=True):
-                    place = b.plus(start, i, 4 * lanes // side_by_side)
-                    if side_by_side == 1:
+                    place = b.plus(start, i, 2 * lanes if pairs else 4 * lanes)
+                    if not pairs:
                         rows = [b.load(place, lanes)]
                     else:
                         for line in range(0, 4 * lanes, CACHE_LINE):
@@ -91,7 +94,7 @@ def _make_add_products(streams: int) -> Any:
                 return after
 
             before = [b.load(target, lanes) for target in targets]
-            for total, target in zip(b.loop(args[3], args[4], side_by_side, before, body), targets, strict=True):
+            for total, target in zip(b.loop(args[3], args[4], 1 + pairs, before, body), targets, strict=True):
                 b.store(total, target)
             return context.get_dummy_value()
 
@@ -100,14 +103,15 @@ def _make_add_products(streams: int) -> Any:
     return add_products
 
 
-_add_products, _add_products_of_two = _make_add_products(1), _make_add_products(2)
+_add_products_64, _add_products_of_two_64 = (_make_add_products(streams, 64) for streams in (1, 2))
+_add_products_32, _add_products_of_two_32 = (_make_add_products(streams, 32) for streams in (1, 2))
 
 
 @njit(nogil=True, cache=True)
 def _some_blocks(weight, x, bias, out, begin, end):
     """The outputs of these blocks."""
     rows, inputs = x.shape
-    outputs = outputs_of_a_block(weight)
+    outputs = weight.shape[2] // side_by_side(weight)
     sums = np.empty((rows, 2, outputs), np.float32)
     step = inputs if rows == 1 else INPUTS_AT_A_TIME
     for block in range(begin, end, 2):
@@ -115,10 +119,14 @@ def _some_blocks(weight, x, bias, out, begin, end):
         for first in range(0, inputs, step):
             last = min(first + step, inputs)
             for row in range(rows):
-                if block + 1 < end:
-                    _add_products_of_two(weight, block, x[row], first, last, sums[row])
+                if outputs == 64 and block + 1 < end:
+                    _add_products_of_two_64(weight, block, x[row], first, last, sums[row])
+                elif outputs == 64:
+                    _add_products_64(weight, block, x[row], first, last, sums[row])
+                elif block + 1 < end:
+                    _add_products_of_two_32(weight, block, x[row], first, last, sums[row])
                 else:
-                    _add_products(weight, block, x[row], first, last, sums[row])
+                    _add_products_32(weight, block, x[row], first, last, sums[row])
         for row in range(rows):
             here, target = sums[row].reshape(2 * outputs), out[row]
             start = block * outputs
@@ -144,7 +152,7 @@ class FewRows(NamedTuple):
     """A packed weight as `product` reads it: oneDNN's memory, which `packed` keeps.
 
     Attributes:
-        blocks: ``[blocks, numbers]``.
+        blocks: ``[blocks, inputs / s, width · s]``, s inputs of an output side by side.
         bias: ``[outputs]``, or empty.
     """
 
@@ -154,25 +162,24 @@ class FewRows(NamedTuple):
     outputs: int
 
 
-def view(packed: Tensor, bias: Float[Tensor, "out"] | None, outputs: int, inputs: int) -> FewRows | None:
-    """For `product`; None where oneDNN's memory is surely not as we read it.
-
-    Whether the numbers lie in it as `LAYOUTS` says is for the caller to try: oneDNN takes other layouts for other sizes
-    and processors.
-    """
-    if packed.dtype not in LAYOUTS:
-        return None
-    width, side_by_side = LAYOUTS[packed.dtype]
-    blocks = -(-outputs // width)
+def views(packed: Tensor, bias: Float[Tensor, "out"] | None, outputs: int, inputs: int) -> list[FewRows]:
+    """For `product`: the ways in which the numbers can lie in oneDNN's memory, to be tried by the caller."""
+    beside = SIDE_BY_SIDE.get(packed.dtype)
+    if beside is None or inputs % beside:
+        return []
     try:
         address, num_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
     except (AttributeError, RuntimeError):  # a PyTorch without these
-        return None
-    if inputs % side_by_side or num_bytes != blocks * width * inputs * packed.dtype.itemsize:
-        return None
+        return []
     stored = np.float32 if packed.dtype is torch.float32 else np.uint16
     memory = np.frombuffer((ctypes.c_char * num_bytes).from_address(address), stored)
-    return FewRows(packed, memory.reshape(blocks, -1), np.empty(0, stored) if bias is None else bits(bias), outputs)
+    bias_bits = np.empty(0, stored) if bias is None else bits(bias)
+    shapes = [(-(-outputs // width), inputs // beside, width * beside) for width in WIDTHS]
+    return [
+        FewRows(packed, memory.reshape(shape), bias_bits, outputs)
+        for shape in shapes
+        if math.prod(shape) == memory.size
+    ]
 
 
 def product(x: Float[Tensor, "rows in"], weight: FewRows) -> Float[Tensor, "rows out"]:

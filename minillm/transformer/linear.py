@@ -68,12 +68,13 @@ class PackedLinear(nn.Module):
 
     def _for_few_rows(self, kernel: ModuleType) -> Any:
         """The kernel's view of the packed weight; None where its product is not oneDNN's: the layout is another one."""
-        few = kernel.view(self.packed, self.bias, self.out_features, self.in_features)
-        if few is None:
+        views = kernel.views(self.packed, self.bias, self.out_features, self.in_features)
+        if not views:
             return None
         x = torch.randn(1, self.in_features, generator=torch.Generator().manual_seed(0)).to(self.packed.dtype)
-        ours, theirs = kernel.product(x, few).float(), self(x).float()
-        return few if (ours - theirs).norm() < 0.02 * theirs.norm() else None
+        right = self(x).float()
+        off = ((kernel.product(x, few).float() - right).norm() for few in views)
+        return next((few for few, error in zip(views, off, strict=True) if error < 0.02 * right.norm()), None)
 
 
 def packed_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> PackedLinear | None:

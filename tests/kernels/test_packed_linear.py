@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 pytest.importorskip("numba")
 from minillm.kernels.cpu import compiler, packed_linear
 from minillm.kernels.cpu.bfloat16 import bits
-from minillm.kernels.cpu.packed_linear import LAYOUTS, FewRows, product
+from minillm.kernels.cpu.packed_linear import SIDE_BY_SIDE, WIDTHS, FewRows, product
 from minillm.transformer.linear import PackedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def few_rows(weight: torch.Tensor, bias: torch.Tensor | None) -> FewRows:
+def few_rows(weight: torch.Tensor, bias: torch.Tensor | None, width: int = WIDTHS[0]) -> FewRows:
     """A weight laid out as oneDNN does where the kernel can read it: blocks of outputs, filled up with zeros."""
-    width, side_by_side = LAYOUTS[weight.dtype]
+    side_by_side = SIDE_BY_SIDE[weight.dtype]
     outputs, inputs = weight.shape
     full = torch.zeros(-(-outputs // width) * width, inputs, dtype=weight.dtype)
     full[:outputs] = weight
     blocks = full.view(-1, width, inputs // side_by_side, side_by_side).transpose(1, 2).contiguous()
     nothing = torch.empty(0, dtype=weight.dtype)
-    return FewRows(blocks, bits(blocks).reshape(len(blocks), -1), bits(nothing if bias is None else bias), outputs)
+    return FewRows(blocks, bits(blocks).reshape(*blocks.shape[:2], -1), bits(nothing if bias is None else bias), outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,14 +38,15 @@ def few_rows(weight: torch.Tensor, bias: torch.Tensor | None) -> FewRows:
     outputs=st.integers(1, 300),
     half_inputs=st.integers(1, 200),
     has_bias=st.booleans(),
+    width=st.sampled_from(WIDTHS),
     seed=st.integers(0, 99),
 )
-def test_equals_float64(dtype, rows, outputs, half_inputs, has_bias, seed):
+def test_equals_float64(dtype, rows, outputs, half_inputs, has_bias, width, seed):
     torch.manual_seed(seed)
     x, weight = torch.randn(rows, 2 * half_inputs).to(dtype), torch.randn(outputs, 2 * half_inputs).to(dtype)
     bias = torch.randn(outputs).to(dtype) if has_bias else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    ours = product(x, few_rows(weight, bias))
+    ours = product(x, few_rows(weight, bias, width))
     assert ours.dtype is dtype
     tolerance = (1e-5, 1e-6) if dtype is torch.float32 else (2**-8, 1e-4)
     size = (2 * half_inputs) ** 0.5
@@ -54,14 +55,15 @@ def test_equals_float64(dtype, rows, outputs, half_inputs, has_bias, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 4])
-def test_blocks_divided_among_threads(dtype, rows):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_blocks_divided_among_threads(dtype, rows, width):
     """Enough weights for two threads, an odd number of blocks for each, and inputs that are no multiple of a tile."""
     torch.manual_seed(0)
-    outputs, inputs = LAYOUTS[dtype][0] * 71 - 5, 334
+    outputs, inputs = width * 71 - 5, 334
     x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, inputs), (outputs, inputs), (outputs,)))
     exact = F.linear(x.double(), weight.double(), bias.double())
     tolerance = 1e-5 if dtype is torch.float32 else 2**-8
-    ours = product(x, few_rows(weight, bias)).double()
+    ours = product(x, few_rows(weight, bias, width)).double()
     torch.testing.assert_close(ours, exact, rtol=tolerance, atol=1e-4)
 
 
@@ -118,7 +120,7 @@ def test_another_layout_is_noticed(monkeypatch):
         pytest.skip("this PyTorch does not pack weights")
     if layer.few is None:
         pytest.skip("oneDNN takes another layout here already")
-    monkeypatch.setattr(packed_linear, "view", lambda *_: few_rows(weight.flip(0), None))
+    monkeypatch.setattr(packed_linear, "views", lambda *_: [few_rows(weight.flip(0), None)])
     layer = PackedLinear(weight)
     assert layer.few is None
     with torch.inference_mode():
