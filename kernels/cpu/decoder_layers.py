@@ -25,6 +25,7 @@ from minillm.kernels.cpu.bfloat16 import bits, read, write
 from minillm.kernels.cpu.fast_math import LOG2_E, use_torch_threads
 from minillm.kernels.cpu.packed_linear import FEW_ROWS, FewRows, multiply, side_by_side
 from minillm.kernels.cpu.paged_attention import FAR, MIN_TILES_PER_THREAD, NOTHING, Plan, _attend, _rows
+from minillm.kernels.cpu.prompt_attention import words_for
 from minillm.kernels.cpu.rms_norm import _add_rms_norm, _normalise, _rms_norm
 from minillm.kernels.cpu.rotary import _turn
 from minillm.kernels.cpu.silu_mul import _few
@@ -121,7 +122,7 @@ def _add(x, added):
 @njit(nogil=True, cache=True)
 def _layers(
     threads, x, vectors, blocks, eps, weight_offset, cos, sin, interleaved, store, slots,
-    tables, query_starts, seq_lens, windows, nothing, scale, cap
+    tables, query_starts, seq_lens, windows, nothing, words, scale, cap
 ):  # fmt: skip
     tokens = len(x)
     kv_heads, block_size, head_dim = store.shape[3], store.shape[4], store.shape[5]
@@ -149,7 +150,7 @@ def _layers(
         parts = max(1, min(threads, ends[-1] * kv_heads // MIN_TILES_PER_THREAD))
         attended[:] = 0
         _attend(
-            parts, q, k_cache, v_cache, tables, seqs, lengths, ends, windows[layer], nothing, nothing,
+            parts, words, q, k_cache, v_cache, tables, seqs, lengths, ends, windows[layer], nothing, nothing,
             scale, cap, attended
         )  # fmt: skip
         flat = attended.reshape(tokens, heads * head_dim)
@@ -205,6 +206,7 @@ def run(
         seq_lens.numpy(),
         np.array([FAR if window is None else window for window in windows]),
         NOTHING,
+        words_for(bits(store)),
         np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
         np.float32(soft_cap or 0.0),
     )

@@ -49,6 +49,7 @@ from torch import Tensor
 from minillm.cache import reference
 from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
 from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, use_torch_threads
+from minillm.kernels.cpu.prompt_attention import attend_prompt, attend_to_common, cap_scores, words_for
 from minillm.kernels.cpu.vectors import (
     HEADS_AT_A_TIME,
     KEYS_AT_A_TIME,
@@ -72,16 +73,8 @@ MANY_QUERIES, MANY_SCORES = 16, 2**14
 Measured, eight sequences, float32: 24 queries after 512 keys 5.4 ms here and 7.4 there, 32 queries 7.1 and 6.8, 64
 queries 14.8 and 11.5; without keys before them 32 queries 0.4 and 2.1, 128 queries 3.8 and 5.8.
 """
-QUERY_TILE = 256
-"""Of these, so many at a time: what stands behind the last of them is not looked at.
-
-Measured, 2,048 queries of a prompt and 2,048 behind as many keys, one layer of SmolLM2, float32: 79 and 174 ms all at
-once, 49 and 140 by 256, 54 and 144 by 512, 55 and 155 by 128.
-"""
 MIN_SHARED = 8192
 """Queries × common keys, from which on reading them once for all pays."""
-ROWS_AT_A_TIME = 24
-"""Queries that meet a common tile together; they, their sums and the tile stay in the first-level cache."""
 MIN_TILES_PER_THREAD = 48
 """Fewer are done before another thread has woken up."""
 
@@ -149,15 +142,6 @@ def _add_values(weights, begin, end, values, first, last, shrink, sums, coming):
                     sums[head, d] += weight * read(value[d])
 
 
-@njit(fastmath=FASTMATH, inline="always")
-def _cap_scores(scores, first, end, cap):
-    """cap · tanh(s / cap), in units of ln 2; tanh by the exponential that we have."""
-    for t in range(first, end):
-        shrunk = exp2(np.float32(-2 * LOG2_E) * abs(scores[t]) / cap)
-        capped = cap * np.float32(LOG2_E) * (np.float32(1) - shrunk) / (np.float32(1) + shrunk)
-        scores[t] = capped if scores[t] > 0 else -capped
-
-
 @njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
 def _attend_tile(
     queries, begin, end, keys, values, first, last, cap, weights, largest, total, shrink, sums, next_keys, next_values
@@ -167,7 +151,7 @@ def _attend_tile(
     for head in range(begin, end):
         row = weights[head]
         if cap > 0:
-            _cap_scores(row, first, last, cap)
+            cap_scores(row, first, last, cap)
         best = largest[head]
         for t in range(first, last):
             best = max(best, row[t])
@@ -264,47 +248,15 @@ def _merge(out, tokens, stats, means):
         _finish(out, token, total, mean)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
-def _attend_to_common(kv_head, begin, end, few, q, k_cache, v_cache, blocks, scale, cap, lse, mean):
-    """Some of the queries that meet one head's keys, over these blocks: log₂ of the sum of 2^score, and the mean value.
-
-    Row r is the query r % group of the token few[r // group].
-    """
-    _, kv_heads, block_size, head_dim = k_cache.shape
-    group, rows = q.shape[1] // kv_heads, end - begin
-    queries, sums = np.empty((rows, head_dim), np.float32), np.zeros((rows, head_dim), np.float32)
-    weights, shrink = np.empty((rows, block_size), np.float32), np.empty(rows, np.float32)
-    largest, total = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32)
-    for row in range(rows):
-        token, head = few[(begin + row) // group], kv_head * group + (begin + row) % group
-        for d in range(head_dim):
-            queries[row, d] = read(q[token, head, d]) * scale
-    for number in range(len(blocks)):
-        block, coming = blocks[number], blocks[min(number + 1, len(blocks) - 1)]
-        _attend_tile(
-            queries, 0, rows, k_cache[block, kv_head], v_cache[block, kv_head], 0, block_size, cap,
-            weights, largest, total, shrink, sums, k_cache[coming, kv_head], v_cache[coming, kv_head]
-        )  # fmt: skip
-    for row in range(rows):
-        token, head = few[(begin + row) // group], kv_head * group + (begin + row) % group
-        lse[token, head] = largest[row] + np.log2(total[row])
-        for d in range(head_dim):
-            mean[token, head, d] = sums[row, d] / total[row]
-
-
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
 def _attend(
-    parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, common, few, scale, cap, out
+    parts, words, q, k_cache, v_cache, tables, seqs, lengths, ends, window, common, few, scale, cap, out
 ):  # fmt: skip
     """All tokens of sequences with few queries; `few` are their numbers, `common` the blocks that they begin with."""
     count, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[1]
     lse, mean = np.empty((count, heads), np.float32), np.empty((count, heads, head_dim), np.float32)
-    rows = len(few) * (heads // kv_heads) if len(common) else 0
-    for chunk in prange(-(-rows // ROWS_AT_A_TIME) * kv_heads):
-        begin = chunk // kv_heads * ROWS_AT_A_TIME
-        end = min(rows, begin + ROWS_AT_A_TIME)
-        _attend_to_common(chunk % kv_heads, begin, end, few, q, k_cache, v_cache, common, scale, cap, lse, mean)
+    if len(common):
+        attend_to_common(words, few, q, k_cache, v_cache, common, scale, cap, lse, mean)
     tokens, stats = np.empty((parts, 2), np.int64), np.empty((parts, 2, 2, heads), np.float32)
     means = np.empty((parts, 2, heads, head_dim), np.float32)
     for part in prange(parts):
@@ -375,7 +327,7 @@ class Plan(NamedTuple):
 
     block_tables: Int[Tensor, "seqs max_blocks"]
     tables: Any
-    many: list[tuple[int, int, int, Int[Tensor, "1"]]]
+    many: list[tuple[int, int, int, int]]
     seqs: Any
     lengths: Any
     ends: Any
@@ -401,7 +353,7 @@ def plan(
         edges = enumerate(itertools.pairwise(query_starts.tolist()))
         keys = seq_lens.tolist()
         many = [
-            (seq, start, end, seq_lens[seq : seq + 1])
+            (seq, start, end, keys[seq])
             for seq, (start, end) in edges
             if _are_many(end - start, keys[seq])
         ]
@@ -427,28 +379,19 @@ def attend(
 ) -> Float[Tensor, "tokens heads head_dim"]:
     """`paged_attention` of one layer of a step."""
     out = torch.zeros(q.shape, dtype=q.dtype)  # where a sequence has no keys
-    window = None if plan.window == FAR else plan.window
+    factors = np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)), np.float32(soft_cap or 0.0)
+    arrays = bits(k_cache), bits(v_cache)
     for seq, start, end, keys in plan.many:
-        for first in range(start, end, QUERY_TILE):
-            last = min(first + QUERY_TILE, end)
-            out[first:last] = reference.paged_attention(
-                q[first:last],
-                k_cache,
-                v_cache,
-                plan.block_tables[seq : seq + 1],
-                torch.tensor([0, last - first]),
-                keys - (end - last),
-                max_query_len=last - first,
-                scale=scale,
-                window=window,
-                soft_cap=soft_cap,
-            )
+        attend_prompt(
+            use_torch_threads(), words_for(arrays[0]), bits(q[start:end].contiguous()), *arrays,
+            plan.tables[seq], keys, plan.window, *factors, bits(out[start:end])
+        )  # fmt: skip
     if plan.tiles:
         _attend(
             max(1, min(use_torch_threads(), plan.tiles * k_cache.shape[1] // MIN_TILES_PER_THREAD)),
+            words_for(arrays[0]),
             bits(q.contiguous()),
-            bits(k_cache),
-            bits(v_cache),
+            *arrays,
             plan.tables,
             plan.seqs,
             plan.lengths,
@@ -456,8 +399,7 @@ def attend(
             plan.window,
             plan.shared,
             plan.few,
-            np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),
-            np.float32(soft_cap or 0.0),
+            *factors,
             bits(out),
         )
     return out
