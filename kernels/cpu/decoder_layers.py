@@ -1,4 +1,4 @@
-"""All layers of the decoder for a few tokens, on the CPU, in one call.
+"""All layers of the decoder for a few tokens, or a batch of single ones, on the CPU, in one call.
 
 What it computes: what `minillm.transformer.fused.run_layers` does, by the same kernels: norm, projection, rotation,
 key/value write, paged attention, projection, residual sum and norm, gated feed-forward network, residual sum.
@@ -18,20 +18,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit
+from numba import njit, prange
 from torch import Tensor
 
 from minillm.kernels.cpu.bfloat16 import bits, read, write
-from minillm.kernels.cpu.fast_math import LOG2_E, use_torch_threads
-from minillm.kernels.cpu.packed_linear import FEW_ROWS, FewRows, multiply, side_by_side
+from minillm.kernels.cpu.fast_math import LOG2_E, ONLY_PRANGE, use_torch_threads
+from minillm.kernels.cpu.packed_linear import FewRows, multiply, side_by_side
 from minillm.kernels.cpu.paged_attention import FAR, MIN_TILES_PER_THREAD, NOTHING, Plan, _attend, _rows
 from minillm.kernels.cpu.prompt_attention import words_for
-from minillm.kernels.cpu.rms_norm import _add_rms_norm, _normalise, _rms_norm
+from minillm.kernels.cpu.rms_norm import _add_rms_norm, _normalise
 from minillm.kernels.cpu.rotary import _turn
-from minillm.kernels.cpu.silu_mul import _few
+from minillm.kernels.cpu.silu_mul import _few, _many
 from minillm.kernels.cpu.vectors import numbers_at
 
 NORMS, HEAD_NORMS, PRODUCTS = 2, 2, 4
+MANY_TOKENS = 16
+"""So many are divided among threads where they are normalised, turned and gated."""
 QKV, ATTENTION_OUT, GATE_UP, DOWN = range(PRODUCTS)
 
 
@@ -57,6 +59,7 @@ class Stack(NamedTuple):
         vectors: for each layer, address and length of its norms, its head norms, and its products' biases.
         blocks: for each layer, address and shape of its products' weights.
         eps, weight_offset: of all norms.
+        most_tokens: of a step.
     """
 
     layers: Sequence[LayerWeights]
@@ -64,6 +67,7 @@ class Stack(NamedTuple):
     blocks: Any
     eps: float
     weight_offset: float
+    most_tokens: int
 
 
 def stack(layers: Sequence[LayerWeights], eps: float, weight_offset: float) -> Stack:
@@ -77,7 +81,8 @@ def stack(layers: Sequence[LayerWeights], eps: float, weight_offset: float) -> S
                 vectors[number, place] = array.ctypes.data, len(array)
         for place, product in enumerate(layer.products):
             blocks[number, place] = product.blocks.ctypes.data, *product.blocks.shape
-    return Stack(layers, vectors, blocks, eps, weight_offset)
+    most_tokens = min(product.most_rows for layer in layers for product in layer.products)
+    return Stack(layers, vectors, blocks, eps, weight_offset, most_tokens)
 
 
 @njit(inline="always")
@@ -119,20 +124,41 @@ def _add(x, added):
             x[token, i] = write(x[token, i], read(x[token, i]) + read(added[token, i]))
 
 
+@njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
+def _norm_by_many(parts, x, added, weight, out, eps, weight_offset):
+    for part in prange(parts):
+        some = slice(len(x) * part // parts, len(x) * (part + 1) // parts)
+        _add_rms_norm(x[some], added[some], weight, out[some], eps, weight_offset)
+
+
+@njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
+def _rotate_by_many(
+    parts, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
+):  # fmt: skip
+    for part in prange(parts):
+        some = slice(len(slots) * part // parts, len(slots) * (part + 1) // parts)
+        _rotate_and_write(
+            projected[some], q_norm, k_norm, eps, weight_offset, cos[some], sin[some], interleaved, q[some],
+            k_cache, v_cache, slots[some]
+        )  # fmt: skip
+
+
 @njit(nogil=True, cache=True)
 def _layers(
     threads, x, vectors, blocks, eps, weight_offset, cos, sin, interleaved, store, slots,
-    tables, query_starts, seq_lens, windows, nothing, words, scale, cap
+    tables, query_starts, seq_lens, windows, shared, few, nothing, words, scale, cap
 ):  # fmt: skip
     tokens = len(x)
     kv_heads, block_size, head_dim = store.shape[3], store.shape[4], store.shape[5]
     inputs = blocks[0, :, 2] * side_by_side(x)
     heads, intermediate = inputs[ATTENTION_OUT] // head_dim, inputs[DOWN]
-    normed, added = np.empty_like(x), np.empty_like(x)
+    normed, added = np.empty_like(x), np.zeros_like(x)
     projected = np.empty((tokens, heads + 2 * kv_heads, head_dim), x.dtype)
     q, attended = np.empty((tokens, heads, head_dim), x.dtype), np.empty((tokens, heads, head_dim), x.dtype)
     gate_up, middle = np.empty((tokens, 2 * intermediate), x.dtype), np.empty((tokens, intermediate), x.dtype)
-    seqs, lengths, ends = _rows(query_starts, seq_lens, windows[0], block_size, 0)
+    by_many = threads if tokens >= MANY_TOKENS else 1
+    common = shared if windows[0] == FAR else nothing
+    seqs, lengths, ends = _rows(query_starts, seq_lens, windows[0], block_size, len(common))
     for layer in range(len(vectors)):
         norm, next_norm = _vector(x, vectors[layer, 0]), _vector(x, vectors[layer, 1])
         q_norm, k_norm = _vector(x, vectors[layer, 2]), _vector(x, vectors[layer, 3])
@@ -140,32 +166,48 @@ def _layers(
         weight = blocks[layer]
         k_cache, v_cache = store[0, layer], store[1, layer]
 
-        _rms_norm(x, norm, normed, eps, weight_offset)
+        if by_many > 1:
+            _norm_by_many(by_many, x, added, norm, normed, eps, weight_offset)
+        else:
+            _add_rms_norm(x, added, norm, normed, eps, weight_offset)
         multiply(threads, _matrix(x, weight[QKV]), normed, _vector(x, bias[QKV]), projected.reshape(tokens, -1))
-        _rotate_and_write(
-            projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
-        )  # fmt: skip
+        if by_many > 1:
+            _rotate_by_many(
+                by_many, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache,
+                slots
+            )  # fmt: skip
+        else:
+            _rotate_and_write(
+                projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
+            )  # fmt: skip
         if layer and windows[layer] != windows[layer - 1]:
-            seqs, lengths, ends = _rows(query_starts, seq_lens, windows[layer], block_size, 0)
+            common = shared if windows[layer] == FAR else nothing
+            seqs, lengths, ends = _rows(query_starts, seq_lens, windows[layer], block_size, len(common))
         parts = max(1, min(threads, ends[-1] * kv_heads // MIN_TILES_PER_THREAD))
         attended[:] = 0
         _attend(
-            parts, words, q, k_cache, v_cache, tables, seqs, lengths, ends, windows[layer], nothing, nothing,
+            parts, words, q, k_cache, v_cache, tables, seqs, lengths, ends, windows[layer], common, few,
             scale, cap, attended
         )  # fmt: skip
         flat = attended.reshape(tokens, heads * head_dim)
         multiply(threads, _matrix(x, weight[ATTENTION_OUT]), flat, _vector(x, bias[ATTENTION_OUT]), added)
 
-        _add_rms_norm(x, added, next_norm, normed, eps, weight_offset)
+        if by_many > 1:
+            _norm_by_many(by_many, x, added, next_norm, normed, eps, weight_offset)
+        else:
+            _add_rms_norm(x, added, next_norm, normed, eps, weight_offset)
         multiply(threads, _matrix(x, weight[GATE_UP]), normed, _vector(x, bias[GATE_UP]), gate_up)
-        _few(gate_up, middle)
+        if by_many > 1:
+            _many(gate_up, middle)
+        else:
+            _few(gate_up, middle)
         multiply(threads, _matrix(x, weight[DOWN]), middle, _vector(x, bias[DOWN]), added)
-        _add(x, added)
+    _add(x, added)
 
 
-def takes(tokens: int, plan: Plan) -> bool:
-    """Whether `run` is for a step of so many tokens: a few, each with keys of its own."""
-    return tokens <= FEW_ROWS and not plan.many and not len(plan.shared)
+def takes(layers: Stack, tokens: int, plan: Plan) -> bool:
+    """Whether `run` is for a step of so many tokens."""
+    return tokens <= layers.most_tokens and not plan.many
 
 
 def run(
@@ -175,9 +217,9 @@ def run(
     sin: Float[Tensor, "tokens half"],
     store: Float[Tensor, "two layers blocks kv_heads block_size head_dim"],
     slot_mapping: Int[Tensor, "tokens"],
-    block_tables: Int[Tensor, "seqs max_blocks"],
     query_starts: Int[Tensor, "seqs_and_one"],
     seq_lens: Int[Tensor, "seqs"],
+    plan: Plan,
     *,
     interleaved: bool,
     scale: float,
@@ -187,6 +229,7 @@ def run(
     """Make of x, in place, what the layers make of it; save the tokens' keys and values in their slots.
 
     Args:
+        plan: that of layers which look back as far as there is.
         windows: how far each layer looks back.
     """
     _layers(
@@ -201,10 +244,12 @@ def run(
         interleaved,
         bits(store),
         slot_mapping.numpy(),
-        np.ascontiguousarray(block_tables.numpy()),  # else Numba compiles once more, for rows that are not
+        plan.tables,
         query_starts.numpy(),
         seq_lens.numpy(),
         np.array([FAR if window is None else window for window in windows]),
+        plan.shared,
+        plan.few,
         NOTHING,
         words_for(bits(store)),
         np.float32(scale * (1.0 if soft_cap is not None else LOG2_E)),

@@ -352,11 +352,7 @@ def plan(
     if max_query_len >= MANY_QUERIES:
         edges = enumerate(itertools.pairwise(query_starts.tolist()))
         keys = seq_lens.tolist()
-        many = [
-            (seq, start, end, keys[seq])
-            for seq, (start, end) in edges
-            if _are_many(end - start, keys[seq])
-        ]
+        many = [(seq, start, end, keys[seq]) for seq, (start, end) in edges if _are_many(end - start, keys[seq])]
     # Contiguous, else Numba compiles once more, for rows that are not.
     tables, starts, lens = np.ascontiguousarray(block_tables.numpy()), query_starts.numpy(), seq_lens.numpy()
     first, shared = _shared_blocks(tables, starts, lens, block_size) if window is None else (0, 0)

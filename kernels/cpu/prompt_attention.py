@@ -36,6 +36,7 @@ from minillm.kernels.cpu.tiles import (
     products_wide,
     softmax_step,
 )
+from minillm.kernels.cpu.vectors import CACHE_LINE
 
 ROWS_AT_A_TIME = 48
 """Rows that meet a tile together: they, their sums and the tile stay in the first-level cache."""
@@ -134,15 +135,18 @@ def attend_rows(queries, lows, highs, keys, values, scale, cap, largest, total, 
         some = slice(group * ROWS, (group + 1) * ROWS)
         lowest[group] = lows[some].min(), lows[some].max()
         highest[group] = highs[some].min(), highs[some].max()
-    for tile in range(lowest[:, 0].min() // KEYS, -(-highest[:, 1].max() // KEYS)):
+    end = -(-highest[:, 1].max() // KEYS)
+    for tile in range(lowest[:, 0].min() // KEYS, end):
         start = tile * KEYS
         tile_keys, tile_values = keys[tile], values[tile]
+        next_keys, next_values = keys[min(tile + 1, end - 1)].ctypes.data, values[min(tile + 1, end - 1)].ctypes.data
         for group in range(groups):
             if highest[group, 1] <= start or lowest[group, 0] >= start + KEYS:
                 continue
             row = group * ROWS
             for column in range(0, KEYS, WIDE):
-                products_wide(queries, row, tile_keys, column, shrink, scores, 0)
+                products_wide(queries, row, tile_keys, column, shrink, scores, 0, next_keys)
+            next_keys += keys.shape[1] * CACHE_LINE
             factor = scale
             if cap > 0:
                 for i in range(ROWS):
@@ -158,9 +162,10 @@ def attend_rows(queries, lows, highs, keys, values, scale, cap, largest, total, 
                 softmax_step(scores, i, factor, row + i, largest, total, shrink, weights)
             whole = width // WIDE * WIDE
             for column in range(0, whole, WIDE):
-                add_products_wide(weights, 0, tile_values, column, shrink, sums, row)
+                add_products_wide(weights, 0, tile_values, column, shrink, sums, row, next_values)
             for column in range(whole, width, NARROW):
-                add_products_narrow(weights, 0, tile_values, column, shrink, sums, row)
+                add_products_narrow(weights, 0, tile_values, column, shrink, sums, row, next_values)
+            next_values += values.shape[1] * CACHE_LINE
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)

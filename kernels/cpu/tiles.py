@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from minillm.kernels.cpu.compiler import HAS_512_BITS
-from minillm.kernels.cpu.vectors import INDEX, LANES, NUMBER, WORD, Builder
+from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, LANES, NUMBER, WORD, Builder
 
 ROWS, KEYS = 6, 64
 """Rows of A, and keys of a tile."""
@@ -50,10 +50,6 @@ class _BFloat(ir.Type):
 class TileBuilder(Builder):
     """`Builder` with what tiles need."""
 
-    def words(self, address: Any, lanes: int) -> Any:
-        """Consecutive words."""
-        return self.ir.load(self.ir.inttoptr(address, ir.VectorType(WORD, lanes).as_pointer()), align=4)
-
     def spread_word(self, address: Any, lanes: int) -> Any:
         """The word there, in all lanes."""
         value = self.ir.load(self.ir.inttoptr(address, WORD.as_pointer()))
@@ -65,7 +61,11 @@ class TileBuilder(Builder):
         return ir.Constant(self.vector(lanes), [value] * lanes)
 
     def add_pairs(self, a: Any, b: Any, total: Any) -> Any:
-        """total[i] + a[2i] · b[2i] + a[2i + 1] · b[2i + 1]."""
+        """total[i] + a[2i] · b[2i] + a[2i + 1] · b[2i + 1]; in several instructions where there is not the one."""
+        if not HAS_PAIRS:
+            for first, second in zip(self.both(a), self.both(b), strict=True):
+                total = self.multiply_add(first, second, total)
+            return total
         pairs = ir.VectorType(_BFloat(), 2 * PAIR_SUMS)
         kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
         function = cgutils.get_or_insert_function(self.ir.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
@@ -122,8 +122,11 @@ def _make_products(columns: int, adds: bool) -> Any:
     """C = A · B, or C = shrink · C + A · B, for `ROWS` rows of A and so many columns of B."""
 
     @intrinsic
-    def products(typing_context, a, a_row, b, column, shrink, c, c_row):
-        """c[c_row + i, column:] (shrunk by shrink[i], or not counted) + Σₛ a[a_row + i, s] · b[s, column:]."""
+    def products(typing_context, a, a_row, b, column, shrink, c, c_row, coming):
+        """c[c_row + i, column:] (shrunk by shrink[i], or not counted) + Σₛ a[a_row + i, s] · b[s, column:].
+
+        From the address `coming` on, a cache line is asked for in each step.
+        """
         are_pairs = a.dtype != types.float32
         lanes = PAIR_SUMS if are_pairs else columns
 
@@ -138,6 +141,7 @@ def _make_products(columns: int, adds: bool) -> Any:
 
             def body(step: Any, sums: Sequence[Any]) -> list[Any]:
                 at = builder.add(b_start, builder.mul(step, b_stride))
+                t.prefetch(t.plus(args[7], step, CACHE_LINE))
                 after = []
                 if are_pairs:
                     bs = [t.words(t.plus(at, part, 4), lanes) for part in parts]
@@ -164,7 +168,7 @@ def _make_products(columns: int, adds: bool) -> Any:
                 t.store(total, place)
             return context.get_dummy_value()
 
-        kinds = (a, types.intp, b, types.intp, shrink, c, types.intp)
+        kinds = (a, types.intp, b, types.intp, shrink, c, types.intp, types.intp)
         return types.void(*kinds), generate
 
     return products

@@ -61,9 +61,16 @@ class Builder:
 
     def load_pairs(self, address: Any, lanes: int) -> list[Any]:
         """Consecutive pairs of bfloat16 as two vectors: the first of each pair, and the second."""
-        words = ir.VectorType(WORD, lanes)
-        pairs = self.ir.load(self.ir.inttoptr(address, words.as_pointer()), align=4)
-        second = self.ir.and_(pairs, ir.Constant(words, [0xFFFF0000] * lanes))
+        return self.both(self.words(address, lanes))
+
+    def words(self, address: Any, lanes: int) -> Any:
+        """Consecutive 32-bit words."""
+        return self.ir.load(self.ir.inttoptr(address, ir.VectorType(WORD, lanes).as_pointer()), align=4)
+
+    def both(self, pairs: Any) -> list[Any]:
+        """Of pairs of bfloat16, the first ones and the second ones."""
+        lanes = pairs.type.count
+        second = self.ir.and_(pairs, ir.Constant(pairs.type, [0xFFFF0000] * lanes))
         return [self.upper(pairs, lanes), self.ir.bitcast(second, self.vector(lanes))]
 
     def prefetch(self, address: Any) -> None:

@@ -140,9 +140,9 @@ class PagedKVCache:
         )
         return self._attend(layer, q, batch)
 
-    def takes_layers(self) -> bool:
+    def takes_layers(self, layers: Any) -> bool:
         takes, tokens = self.backend.takes_layers, len(self._begun().slot_mapping)
-        return takes is not None and all(takes(tokens, self._plan(spec.window)) for spec in set(self.specs))
+        return takes is not None and takes(layers, tokens, self._plan(None))
 
     def run_layers(self, layers: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
         batch, operation = self._begun(), self.backend.run_layers
@@ -154,9 +154,9 @@ class PagedKVCache:
             rotation.sin,
             self.store,
             batch.slot_mapping,
-            batch.block_tables,
             batch.query_starts,
             batch.seq_lens,
+            self._plan(None),
             interleaved=rotation.interleaved,
             scale=self.specs[0].scale,
             windows=[spec.window for spec in self.specs],

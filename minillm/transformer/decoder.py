@@ -224,7 +224,7 @@ class Decoder(nn.Module):
         layers = zip(blocks, (rotations[layer.rotary] for layer in self.config.layers), strict=True)
         if self._fuses and self.final_norm is not None and fused.takes_part(kv):
             rotation = rotations[self.config.layers[0].rotary]
-            if self.gathered is not None and rotation is not None and kv.takes_layers():
+            if self.gathered is not None and rotation is not None and kv.takes_layers(self.gathered):
                 kv.run_layers(self.gathered, x, rotation)
                 return self.final_norm(x)
             return fused.run_layers(layers, self.final_norm, x, kv)

@@ -129,8 +129,8 @@ class FusedStore(KVStore, Protocol):
     ) -> Float[Tensor, "tokens heads head_dim"]:
         """`attend` with q and k turned."""
 
-    def takes_layers(self) -> bool:
-        """Whether it has an operation that does all layers of this call's tokens."""
+    def takes_layers(self, layers: Any) -> bool:
+        """Whether it has an operation that does all these layers for this call's tokens."""
 
     def run_layers(self, layers: Any, x: Float[Tensor, "tokens hidden"], rotation: Rotation) -> None:
         """Make of x, in place, what all layers make of it; their weights are as that operation takes them."""

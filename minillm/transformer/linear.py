@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
             self.few = self._for_few_rows(self.kernel)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if self.few is not None and self.kernel is not None and self._is_few(x, self.kernel.FEW_ROWS):
+        if self.few is not None and self.kernel is not None and self._is_few(x, self.few.most_rows):
             rows = self.kernel.product(x.reshape(-1, self.in_features), self.few)
             return rows.view(*x.shape[:-1], self.out_features)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
