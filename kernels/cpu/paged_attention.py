@@ -43,13 +43,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba import njit, prange
+from numba import njit, prange, types
+from numba.extending import overload
 from torch import Tensor
 
 from minillm.cache import reference
 from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
+from minillm.kernels.cpu.compiler import HAS_512_BITS
 from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, use_torch_threads
-from minillm.kernels.cpu.prompt_attention import attend_prompt, attend_to_common, cap_scores, words_for
+from minillm.kernels.cpu.prompt_attention import (
+    attend_prompt,
+    attend_to_common,
+    cap_scores,
+    in_a_word,
+    lay_out_query,
+    words_for,
+)
+from minillm.kernels.cpu.tiles import (
+    BLOCK,
+    CHANNELS,
+    HAS_PAIRS,
+    attend_to_block_1,
+    attend_to_block_2,
+    attend_to_block_3,
+    attend_to_block_4,
+)
 from minillm.kernels.cpu.vectors import (
     HEADS_AT_A_TIME,
     KEYS_AT_A_TIME,
@@ -164,6 +182,54 @@ def _attend_tile(
     _add_values(weights, begin, end, values, first, last, shrink, sums, next_values)
 
 
+def _takes_blocks(k_cache, cap):  # pragma: no cover
+    """Whether `_attend_block` is for such a cache, and such scores."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(_takes_blocks, inline="always")
+def _takes_blocks_here(k_cache, cap):
+    if not HAS_512_BITS or not (k_cache.dtype == types.float32 or HAS_PAIRS):
+        return lambda k_cache, cap: False
+    return lambda k_cache, cap: cap == 0 and k_cache.shape[2] == BLOCK and k_cache.shape[3] % CHANNELS == 0
+
+
+def _attend_block(
+    queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
+):  # pragma: no cover # fmt: skip
+    """`_attend_tile` of a block, whose numbers are all finite."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(_attend_block)
+def _attend_block_here(
+    queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
+):  # fmt: skip
+    def skip(
+        queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
+    ):  # fmt: skip
+        pass
+
+    def attend_block(
+        queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
+    ):  # fmt: skip
+        state = (largest, total, weights, sums, next_keys, next_values)
+        head = begin
+        while head < end:
+            left = min(end - head, 4)
+            if left == 4:
+                attend_to_block_4(queries, head, keys, values, first, last, scale, *state)
+            elif left == 3:
+                attend_to_block_3(queries, head, keys, values, first, last, scale, *state)
+            elif left == 2:
+                attend_to_block_2(queries, head, keys, values, first, last, scale, *state)
+            else:
+                attend_to_block_1(queries, head, keys, values, first, last, scale, *state)
+            head += left
+
+    return attend_block if HAS_512_BITS and (keys.dtype == types.float32 or HAS_PAIRS) else skip
+
+
 @njit(fastmath=FASTMATH, inline="always")
 def _finish(out, token, total, mean):
     """Write a token's result."""
@@ -175,7 +241,7 @@ def _finish(out, token, total, mean):
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True, error_model="numpy")
 def _attend_part(
-    part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, shared, common_lse, common_mean,
+    part, parts, words, q, k_cache, v_cache, tables, seqs, lengths, ends, window, shared, common_lse, common_mean,
     scale, cap, out, tokens, stats, means
 ):  # fmt: skip
     """One thread's blocks. A token that begins or ends in another part is left as partial result 0 or 1."""
@@ -184,6 +250,10 @@ def _attend_part(
     group = heads // kv_heads
     query, mean = np.empty((heads, head_dim), np.float32), np.empty((heads, head_dim), np.float32)
     weights = np.empty((heads, block_size), np.float32)
+    takes_blocks = _takes_blocks(k_cache, cap)
+    query_words, weight_words = np.empty((heads, head_dim), words.dtype), np.empty((heads, block_size), words.dtype)
+    query_words = query_words[:, : head_dim // in_a_word(words)]
+    copied = np.empty((2, block_size, head_dim), k_cache.dtype)
     largest, total, shrink = np.empty(heads, np.float32), np.empty(heads, np.float32), np.empty(heads, np.float32)
     tokens[part, 0] = tokens[part, 1] = -1
     at, stop = ends[-1] * part // parts, ends[-1] * (part + 1) // parts
@@ -198,6 +268,8 @@ def _attend_part(
             for d in range(head_dim):
                 mean[head, d] = 0
                 query[head, d] = read(q[token, head, d]) * scale
+            if takes_blocks:
+                lay_out_query(q[token, head], query_words[head])
         if shared and at == ends[token]:
             for head in range(heads):
                 largest[head], total[head] = common_lse[token, head], 1
@@ -208,10 +280,21 @@ def _attend_part(
                 keys, values = k_cache[table[number], kv_head], v_cache[table[number], kv_head]
                 coming = table[min(number + 1, end - 1)]
                 next_keys, next_values = k_cache[coming, kv_head], v_cache[coming, kv_head]
-                _attend_tile(
-                    query, kv_head * group, (kv_head + 1) * group, keys, values, first, last, cap,
-                    weights, largest, total, shrink, mean, next_keys, next_values
-                )  # fmt: skip
+                head, end_head = kv_head * group, (kv_head + 1) * group
+                if takes_blocks:
+                    if last - first < block_size:  # what lies in the other slots may be no number
+                        copied[:] = 0
+                        copied[0, first:last], copied[1, first:last] = keys[first:last], values[first:last]
+                        keys, values = copied[0], copied[1]
+                    _attend_block(
+                        query_words, head, end_head, keys, values, first, last, scale,
+                        largest, total, weight_words, mean, next_keys, next_values
+                    )  # fmt: skip
+                else:
+                    _attend_tile(
+                        query, head, end_head, keys, values, first, last, cap,
+                        weights, largest, total, shrink, mean, next_keys, next_values
+                    )  # fmt: skip
         if end - begin == ends[token + 1] - ends[token]:
             _finish(out, token, total, mean)
         else:
@@ -261,7 +344,7 @@ def _attend(
     means = np.empty((parts, 2, heads, head_dim), np.float32)
     for part in prange(parts):
         _attend_part(
-            part, parts, q, k_cache, v_cache, tables, seqs, lengths, ends, window, len(common), lse, mean,
+            part, parts, words, q, k_cache, v_cache, tables, seqs, lengths, ends, window, len(common), lse, mean,
             scale, cap, out, tokens, stats, means
         )  # fmt: skip
     _merge(out, tokens, stats, means)

@@ -28,6 +28,7 @@ from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2
 from minillm.kernels.cpu.tiles import (
     HAS_PAIRS,
     KEYS,
+    MASKED,
     NARROW,
     ROWS,
     WIDE,
@@ -40,8 +41,6 @@ from minillm.kernels.cpu.vectors import CACHE_LINE
 
 ROWS_AT_A_TIME = 48
 """Rows that meet a tile together: they, their sums and the tile stay in the first-level cache."""
-MASKED = np.float32(-1e30)
-"""The score of a key that is not seen: finite, so that nothing becomes NaN before a row has seen its first key."""
 WORDS = {"float32": np.float32, "uint16": np.uint32 if HAS_PAIRS else np.float32}
 """What numbers are laid out as, by what they are stored as."""
 

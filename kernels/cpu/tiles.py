@@ -30,6 +30,10 @@ WIDE, NARROW = 64 if HAS_512_BITS else 16, 16
 """Columns whose sums are carried together; those that are left are done 16 at a time."""
 HAS_PAIRS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
 """Whether pairs of bfloat16 can be multiplied."""
+BLOCK, CHANNELS = 16, 64
+"""Keys, and channels, that `attend_to_block_1` to `attend_to_block_4` take at a time."""
+MASKED = -1e30
+"""The score of a key that is not seen: finite, so that nothing becomes NaN before a row has seen its first key."""
 PAIR_SUMS = 16
 """Sums of one instruction for pairs."""
 
@@ -52,9 +56,7 @@ class TileBuilder(Builder):
 
     def spread_word(self, address: Any, lanes: int) -> Any:
         """The word there, in all lanes."""
-        value = self.ir.load(self.ir.inttoptr(address, WORD.as_pointer()))
-        nothing = ir.Constant(ir.VectorType(WORD, lanes), ir.Undefined)
-        return self.shuffle(self.ir.insert_element(nothing, value, WORD(0)), nothing, [0] * lanes)
+        return self.all_lanes(self.ir.load(self.ir.inttoptr(address, WORD.as_pointer())), lanes)
 
     def constant(self, value: float, lanes: int) -> Any:
         """A number, in all lanes."""
@@ -70,6 +72,32 @@ class TileBuilder(Builder):
         kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
         function = cgutils.get_or_insert_function(self.ir.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return self.ir.call(function, [total, self.ir.bitcast(a, pairs), self.ir.bitcast(b, pairs)])
+
+    def all_lanes(self, value: Any, lanes: int) -> Any:
+        """A value, in all lanes."""
+        nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+        return self.shuffle(self.ir.insert_element(nothing, value, WORD(0)), nothing, [0] * lanes)
+
+    def side_by_side(self, first: Any, second: Any, count: int) -> list[Any]:
+        """Of two rows of bfloat16 the pairs of numbers at the same place, as words, `PAIR_SUMS` in each vector."""
+        pairs, half = [], ir.IntType(16)
+        for start in range(0, count, 2 * PAIR_SUMS):
+            kind = ir.VectorType(half, 2 * PAIR_SUMS).as_pointer()
+            a, b = (self.ir.load(self.ir.inttoptr(self.plus(row, start, 2), kind), align=2) for row in (first, second))
+            for begin in (0, PAIR_SUMS):
+                lanes = [place for at in range(begin, begin + PAIR_SUMS) for place in (at, 2 * PAIR_SUMS + at)]
+                pairs.append(self.ir.bitcast(self.shuffle(a, b, lanes), ir.VectorType(WORD, PAIR_SUMS)))
+        return pairs
+
+    def sums_of_fours(self, woven: Sequence[Any]) -> Any:
+        """The sums of 16 vectors' 16 lanes, from four `woven_sums`."""
+
+        def join(a: Any, b: Any, first: Sequence[int], second: Sequence[int]) -> Any:
+            picked = [[4 * group + lane for group in groups for lane in range(4)] for groups in (first, second)]
+            return self.ir.fadd(*(self.shuffle(a, b, lanes) for lanes in picked))
+
+        halves = [join(*woven[at : at + 2], (0, 1, 4, 5), (2, 3, 6, 7)) for at in (0, 2)]
+        return join(*halves, (0, 2, 4, 6), (1, 3, 5, 7))
 
     def narrow(self, numbers: Any) -> Any:
         """float32 → bfloat16."""
@@ -190,8 +218,7 @@ def softmax_step(typing_context, scores, i, scale, row, largest, total, shrink, 
         t = TileBuilder(context, builder)
         given, high, sums, less, out = (t.array(signature.args[at], args[at]) for at in (0, 4, 5, 6, 7))
         source, target = t.row(given, args[1]), t.row(out, args[1])
-        nothing = ir.Constant(t.vector(LANES), ir.Undefined)
-        factor = t.shuffle(builder.insert_element(nothing, args[2], WORD(0)), nothing, [0] * LANES)
+        factor = t.all_lanes(args[2], LANES)
         parts = range(0, KEYS, LANES)
         powers = [builder.fmul(factor, t.load(t.plus(source, part, 4), LANES)) for part in parts]
         best = powers[0]
@@ -218,3 +245,120 @@ def softmax_step(typing_context, scores, i, scale, row, largest, total, shrink, 
 
     kinds = (scores, types.intp, types.float32, types.intp, largest, total, shrink, weights)
     return types.void(*kinds), generate
+
+
+def _make_attend_to_block(heads: int) -> Any:
+    """The online softmax's next step for so many queries of one group, and a block of `BLOCK` keys."""
+
+    @intrinsic
+    def attend_to_block(
+        typing_context, queries, head, keys, values, first, last, scale, largest, total, weights, sums, next_keys,
+        next_values
+    ):  # fmt: skip
+        """Take the keys first ≤ t < last into largest, total and sums of the queries from `head` on.
+
+        queries and weights hold words, keys and values stored numbers: ``[BLOCK, channels]``, all of them finite. The
+        same cache lines of the next block are asked for on the way.
+        """
+        are_pairs = queries.dtype != types.float32
+        size = 2 if are_pairs else 4
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            t = TileBuilder(context, builder)
+            names = {0: "q", 2: "k", 3: "v", 7: "largest", 8: "total", 9: "weights", 10: "sums", 11: "nk", 12: "nv"}
+            arrays = {name: t.array(signature.args[at], args[at]) for at, name in names.items()}
+            numbers = [builder.add(args[1], INDEX(h)) for h in range(heads)]
+            q_rows = [t.row(arrays["q"], number) for number in numbers]
+            words = cgutils.unpack_tuple(builder, arrays["q"].shape)[1]
+            add = t.add_pairs if are_pairs else t.multiply_add
+
+            def load(address: Any) -> Any:
+                return t.words(address, BLOCK) if are_pairs else t.load(address, BLOCK)
+
+            def scores_of(four: int) -> list[Any]:
+                rows, coming = (
+                    [t.row(arrays[name], INDEX(key)) for key in range(four, four + 4)] for name in ("k", "nk")
+                )
+
+                def body(word: Any, sums: Sequence[Any]) -> list[Any]:
+                    for row in coming:
+                        t.prefetch(t.plus(row, word, 4))
+                    qs, ks = ([load(t.plus(row, word, 4)) for row in some] for some in (q_rows, rows))
+                    return [add(q, k, sums[h * 4 + i]) for h, q in enumerate(qs) for i, k in enumerate(ks)]
+
+                zeros = [t.constant(0.0, BLOCK)] * (4 * heads)
+                sums = t.loop(INDEX(0), words, BLOCK, zeros, body)
+                return [t.woven_sums(sums[4 * h : 4 * h + 4]) for h in range(heads)]
+
+            fours = [scores_of(four) for four in range(0, BLOCK, 4)]
+            lanes = ir.Constant(ir.VectorType(INDEX, BLOCK), list(range(BLOCK)))
+            seen = builder.and_(
+                builder.icmp_signed(">=", lanes, t.all_lanes(args[4], BLOCK)),
+                builder.icmp_signed("<", lanes, t.all_lanes(args[5], BLOCK)),
+            )
+            factor, shrunk = t.all_lanes(args[6], BLOCK), []
+            for h, number in enumerate(numbers):
+                powers = builder.fmul(factor, t.sums_of_fours([four[h] for four in fours]))
+                powers = builder.select(seen, powers, t.constant(MASKED, BLOCK))
+                high, sum_at = (t.number(arrays[name], number) for name in ("largest", "total"))
+                before = t.spread(high, BLOCK)
+                best = t.larger(t.largest(powers), before)
+                numerators = t.exp2(builder.fsub(powers, best))
+                less = t.exp2(builder.fsub(before, best))
+                after = t.multiply_add(t.spread(sum_at, BLOCK), less, t.sum(numerators))
+                for place, value in ((high, best), (sum_at, after)):
+                    builder.store(builder.extract_element(value, WORD(0)), builder.inttoptr(place, NUMBER.as_pointer()))
+                t.store(t.narrow(numerators) if are_pairs else numerators, t.row(arrays["weights"], number))
+                shrunk.append(less)
+
+            weights_at = [t.row(arrays["weights"], number) for number in numbers]
+            totals_at = [t.row(arrays["sums"], number) for number in numbers]
+            parts = range(CHANNELS // BLOCK)
+
+            def channels(channel: Any, _: Sequence[Any]) -> list[Any]:
+                places = [t.plus(t.plus(row, channel, 4), part, 4 * BLOCK) for row in totals_at for part in parts]
+                sums = [builder.fmul(shrunk[at // len(parts)], t.load(place, BLOCK)) for at, place in enumerate(places)]
+
+                def body(key: Any, sums: Sequence[Any]) -> list[Any]:
+                    rows, coming = ([t.row(arrays[name], key)] for name in ("v", "nv"))
+                    if are_pairs:
+                        following = builder.add(key, INDEX(1))
+                        rows.append(t.row(arrays["v"], following))
+                        coming.append(t.row(arrays["nv"], following))
+                    starts, asked = ([t.plus(row, channel, size) for row in some] for some in (rows, coming))
+                    for start in asked:
+                        for line in range(0, CHANNELS * size, CACHE_LINE):
+                            t.prefetch(t.plus(start, line, 1))
+                    if are_pairs:
+                        values = t.side_by_side(*starts, CHANNELS)
+                    else:
+                        values = [t.load(t.plus(starts[0], part, 4 * BLOCK), BLOCK) for part in parts]
+                    spread = t.spread_word if are_pairs else t.spread
+                    ws = [spread(t.plus(at, key, size), BLOCK) for at in weights_at]
+                    return [
+                        add(w, value, sums[h * len(parts) + part])
+                        for h, w in enumerate(ws)
+                        for part, value in enumerate(values)
+                    ]
+
+                sums = t.loop(INDEX(0), INDEX(BLOCK), 2 if are_pairs else 1, sums, body)
+                for value, place in zip(sums, places, strict=True):
+                    t.store(value, place)
+                return []
+
+            end = cgutils.unpack_tuple(builder, arrays["v"].shape)[1]
+            t.loop(INDEX(0), end, CHANNELS, [], channels)
+            return context.get_dummy_value()
+
+        integers, kind = (types.intp, types.intp), types.float32
+        kinds = (
+            queries, types.intp, keys, values, *integers, kind, largest, total, weights, sums, next_keys, next_values
+        )  # fmt: skip
+        return types.void(*kinds), generate
+
+    return attend_to_block
+
+
+attend_to_block_1, attend_to_block_2, attend_to_block_3, attend_to_block_4 = (
+    _make_attend_to_block(heads) for heads in (1, 2, 3, 4)
+)

@@ -114,17 +114,18 @@ class Builder:
         i.add_incoming(first, before)
         values = [self.ir.phi(value.type) for value in carried]
         after = body(i, values)
+        end_of_body = self.ir.block
         following = self.ir.add(i, INDEX(step))
         for value, start, end in zip([i, *values], [first, *carried], [following, *after], strict=True):
             if value is not i:
                 value.add_incoming(start, before)
-            value.add_incoming(end, inside)
+            value.add_incoming(end, end_of_body)
         self.ir.cbranch(self.ir.icmp_signed("<", following, last), inside, behind)
         self.ir.position_at_end(behind)
         return list(after)
 
-    def four_sums(self, vectors: Sequence[Any]) -> Any:
-        """The sums of the lanes of four vectors, as a vector of four.
+    def woven_sums(self, vectors: Sequence[Any]) -> Any:
+        """Of four vectors a, b, c, d, for each four of their lanes: the sum of a's, of b's, of c's and of d's.
 
         Two vectors at a time are woven together and added, so that no vector's lanes are added up alone.
         """
@@ -142,7 +143,11 @@ class Builder:
         def join(a: Any, b: Any, pairs: bool) -> Any:
             return self.ir.fadd(weave(a, b, (0, 1), pairs), weave(a, b, (2, 3), pairs))
 
-        total = join(join(vectors[0], vectors[1], False), join(vectors[2], vectors[3], False), True)
+        return join(join(vectors[0], vectors[1], False), join(vectors[2], vectors[3], False), True)
+
+    def four_sums(self, vectors: Sequence[Any]) -> Any:
+        """The sums of the lanes of four vectors, as a vector of four."""
+        total, lanes = self.woven_sums(vectors), vectors[0].type.count
         while lanes > 4:
             lanes //= 2
             upper = self.shuffle(total, total, range(lanes, 2 * lanes))
