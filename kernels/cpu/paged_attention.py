@@ -197,7 +197,7 @@ def _takes_blocks_here(k_cache, cap):
 def _attend_block(
     queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
 ):  # pragma: no cover # fmt: skip
-    """`_attend_tile` of a block, whose numbers are all finite."""
+    """`_attend_tile` of a block."""
     raise NotImplementedError("only inside compiled code")
 
 
@@ -253,7 +253,6 @@ def _attend_part(
     takes_blocks = _takes_blocks(k_cache, cap)
     query_words, weight_words = np.empty((heads, head_dim), words.dtype), np.empty((heads, block_size), words.dtype)
     query_words = query_words[:, : head_dim // in_a_word(words)]
-    copied = np.empty((2, block_size, head_dim), k_cache.dtype)
     largest, total, shrink = np.empty(heads, np.float32), np.empty(heads, np.float32), np.empty(heads, np.float32)
     tokens[part, 0] = tokens[part, 1] = -1
     at, stop = ends[-1] * part // parts, ends[-1] * (part + 1) // parts
@@ -265,11 +264,12 @@ def _attend_part(
         begin, end = first_block + at - ends[token], first_block + min(ends[token + 1], stop) - ends[token]
         for head in range(heads):
             largest[head], total[head] = -np.inf, 0
-            for d in range(head_dim):
-                mean[head, d] = 0
-                query[head, d] = read(q[token, head, d]) * scale
+            mean[head] = 0
             if takes_blocks:
                 lay_out_query(q[token, head], query_words[head])
+            else:
+                for d in range(head_dim):
+                    query[head, d] = read(q[token, head, d]) * scale
         if shared and at == ends[token]:
             for head in range(heads):
                 largest[head], total[head] = common_lse[token, head], 1
@@ -282,10 +282,6 @@ def _attend_part(
                 next_keys, next_values = k_cache[coming, kv_head], v_cache[coming, kv_head]
                 head, end_head = kv_head * group, (kv_head + 1) * group
                 if takes_blocks:
-                    if last - first < block_size:  # what lies in the other slots may be no number
-                        copied[:] = 0
-                        copied[0, first:last], copied[1, first:last] = keys[first:last], values[first:last]
-                        keys, values = copied[0], copied[1]
                     _attend_block(
                         query_words, head, end_head, keys, values, first, last, scale,
                         largest, total, weight_words, mean, next_keys, next_values

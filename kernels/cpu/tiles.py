@@ -96,8 +96,8 @@ class TileBuilder(Builder):
             picked = [[4 * group + lane for group in groups for lane in range(4)] for groups in (first, second)]
             return self.ir.fadd(*(self.shuffle(a, b, lanes) for lanes in picked))
 
-        halves = [join(*woven[at : at + 2], (0, 1, 4, 5), (2, 3, 6, 7)) for at in (0, 2)]
-        return join(*halves, (0, 2, 4, 6), (1, 3, 5, 7))
+        halves = [join(woven[at], woven[at + 1], (0, 1, 4, 5), (2, 3, 6, 7)) for at in (0, 2)]
+        return join(halves[0], halves[1], (0, 2, 4, 6), (1, 3, 5, 7))
 
     def narrow(self, numbers: Any) -> Any:
         """float32 → bfloat16."""
@@ -257,8 +257,8 @@ def _make_attend_to_block(heads: int) -> Any:
     ):  # fmt: skip
         """Take the keys first ≤ t < last into largest, total and sums of the queries from `head` on.
 
-        queries and weights hold words, keys and values stored numbers: ``[BLOCK, channels]``, all of them finite. The
-        same cache lines of the next block are asked for on the way.
+        queries and weights hold words, keys and values stored numbers: ``[BLOCK, channels]``. The same cache lines of
+        the next block are asked for on the way.
         """
         are_pairs = queries.dtype != types.float32
         size = 2 if are_pairs else 4
@@ -320,17 +320,19 @@ def _make_attend_to_block(heads: int) -> Any:
                 sums = [builder.fmul(shrunk[at // len(parts)], t.load(place, BLOCK)) for at, place in enumerate(places)]
 
                 def body(key: Any, sums: Sequence[Any]) -> list[Any]:
-                    rows, coming = ([t.row(arrays[name], key)] for name in ("v", "nv"))
-                    if are_pairs:
+                    rows, coming = [t.row(arrays["v"], key)], [t.row(arrays["nv"], key)]
+                    if are_pairs:  # one that is not seen, and may be no number, gives its place to the other
                         following = builder.add(key, INDEX(1))
-                        rows.append(t.row(arrays["v"], following))
                         coming.append(t.row(arrays["nv"], following))
+                        one = builder.select(builder.icmp_signed("<", key, args[4]), following, key)
+                        other = builder.select(builder.icmp_signed("<", following, args[5]), following, key)
+                        rows = [t.row(arrays["v"], number) for number in (one, other)]
                     starts, asked = ([t.plus(row, channel, size) for row in some] for some in (rows, coming))
                     for start in asked:
                         for line in range(0, CHANNELS * size, CACHE_LINE):
                             t.prefetch(t.plus(start, line, 1))
                     if are_pairs:
-                        values = t.side_by_side(*starts, CHANNELS)
+                        values = t.side_by_side(starts[0], starts[1], CHANNELS)
                     else:
                         values = [t.load(t.plus(starts[0], part, 4 * BLOCK), BLOCK) for part in parts]
                     spread = t.spread_word if are_pairs else t.spread
@@ -341,7 +343,8 @@ def _make_attend_to_block(heads: int) -> Any:
                         for part, value in enumerate(values)
                     ]
 
-                sums = t.loop(INDEX(0), INDEX(BLOCK), 2 if are_pairs else 1, sums, body)
+                begin = builder.and_(args[4], INDEX(-2)) if are_pairs else args[4]
+                sums = t.loop(begin, args[5], 2 if are_pairs else 1, sums, body)
                 for value, place in zip(sums, places, strict=True):
                     t.store(value, place)
                 return []

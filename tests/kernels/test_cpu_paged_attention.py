@@ -19,13 +19,18 @@ def attend(case: Case, **options) -> torch.Tensor:
     return kernel.paged_attention(*case.arguments, max_query_len=longest, scale=case.scale, **options)
 
 
-SHAPES = ({"group": 3, "head_dim": 16, "block_size": 16}, {"group": 1, "head_dim": 80, "block_size": 5})
+SHAPES = (
+    {"group": 3, "head_dim": 16, "block_size": 16},
+    {"group": 1, "head_dim": 80, "block_size": 5},
+    {"group": 3, "head_dim": 64, "block_size": 16},
+    {"group": 7, "head_dim": 128, "block_size": 16},
+)
 
 
 @st.composite
 def cases(draw) -> Case:
-    lengths = draw(st.lists(st.integers(1, 150), min_size=1, max_size=5))
-    queries = [draw(st.integers(1, min(length, 25))) for length in lengths]
+    lengths = draw(st.lists(st.integers(1, 150) | st.integers(128, 260), min_size=1, max_size=5))
+    queries = [draw(st.integers(1, min(length, 25)) | st.integers(min(length, 128), length)) for length in lengths]
     return make_case(
         queries,
         lengths,
