@@ -96,7 +96,7 @@ def _matrix(like, place):
 
 
 @njit(nogil=True, cache=True)
-def _rotate_and_write(
+def _rotate_and_write_some(
     projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
 ):  # fmt: skip
     """The queries, turned; keys, turned, and values into their slots; heads normalised before, if they are."""
@@ -125,22 +125,36 @@ def _add(x, added):
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
-def _norm_by_many(parts, x, added, weight, out, eps, weight_offset):
+def _add_and_normalise(parts, x, added, weight, out, eps, weight_offset):
+    if parts == 1:
+        _add_rms_norm(x, added, weight, out, eps, weight_offset)
+        return
     for part in prange(parts):
         some = slice(len(x) * part // parts, len(x) * (part + 1) // parts)
         _add_rms_norm(x[some], added[some], weight, out[some], eps, weight_offset)
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
-def _rotate_by_many(
+def _rotate_and_write(
     parts, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
 ):  # fmt: skip
+    norms = (q_norm, k_norm, eps, weight_offset)
+    if parts == 1:
+        _rotate_and_write_some(projected, *norms, cos, sin, interleaved, q, k_cache, v_cache, slots)
+        return
     for part in prange(parts):
         some = slice(len(slots) * part // parts, len(slots) * (part + 1) // parts)
-        _rotate_and_write(
-            projected[some], q_norm, k_norm, eps, weight_offset, cos[some], sin[some], interleaved, q[some],
-            k_cache, v_cache, slots[some]
+        _rotate_and_write_some(
+            projected[some], *norms, cos[some], sin[some], interleaved, q[some], k_cache, v_cache, slots[some]
         )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _gate(parts, gate_up, out):
+    if parts == 1:
+        _few(gate_up, out)
+    else:
+        _many(gate_up, out)
 
 
 @njit(nogil=True, cache=True)
@@ -166,20 +180,11 @@ def _layers(
         weight = blocks[layer]
         k_cache, v_cache = store[0, layer], store[1, layer]
 
-        if by_many > 1:
-            _norm_by_many(by_many, x, added, norm, normed, eps, weight_offset)
-        else:
-            _add_rms_norm(x, added, norm, normed, eps, weight_offset)
+        _add_and_normalise(by_many, x, added, norm, normed, eps, weight_offset)
         multiply(threads, _matrix(x, weight[QKV]), normed, _vector(x, bias[QKV]), projected.reshape(tokens, -1))
-        if by_many > 1:
-            _rotate_by_many(
-                by_many, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache,
-                slots
-            )  # fmt: skip
-        else:
-            _rotate_and_write(
-                projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
-            )  # fmt: skip
+        _rotate_and_write(
+            by_many, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
+        )  # fmt: skip
         if layer and windows[layer] != windows[layer - 1]:
             common = shared if windows[layer] == FAR else nothing
             seqs, lengths, ends = _rows(query_starts, seq_lens, windows[layer], block_size, len(common))
@@ -192,15 +197,9 @@ def _layers(
         flat = attended.reshape(tokens, heads * head_dim)
         multiply(threads, _matrix(x, weight[ATTENTION_OUT]), flat, _vector(x, bias[ATTENTION_OUT]), added)
 
-        if by_many > 1:
-            _norm_by_many(by_many, x, added, next_norm, normed, eps, weight_offset)
-        else:
-            _add_rms_norm(x, added, next_norm, normed, eps, weight_offset)
+        _add_and_normalise(by_many, x, added, next_norm, normed, eps, weight_offset)
         multiply(threads, _matrix(x, weight[GATE_UP]), normed, _vector(x, bias[GATE_UP]), gate_up)
-        if by_many > 1:
-            _many(gate_up, middle)
-        else:
-            _few(gate_up, middle)
+        _gate(by_many, gate_up, middle)
         multiply(threads, _matrix(x, weight[DOWN]), middle, _vector(x, bias[DOWN]), added)
     _add(x, added)
 

@@ -491,6 +491,9 @@ show_part(cpu._attend_tile, "best = largest[head]", "_add_values(")
 # %% [markdown]
 # All query heads of a group are served by one reading of the block. So a group costs one reading from memory.
 #
+# (Where registers have 512 bits, 16 scores fit into one. There, all that happens between a group and a block of 16 keys
+# is one piece of vectors, with the same steps in the same order: `attend_to_block` in `minillm/kernels/cpu/tiles.py`.)
+#
 # Now run it. The first call compiles, which can take half a minute. Where Numba has stored the result of an earlier
 # compilation on the disk, it only loads that.
 
@@ -545,10 +548,37 @@ show_part(cpu._attend_part, "at, stop =", "begin, end =")
 
 # %% [markdown]
 # (`window` belongs to models whose tokens look back only so far. Blocks before it are not read at all. Blocks that all
-# sequences begin with are read once for all, see notebook 12, section 5. When a sequence brings many queries at once
-# and has many keys, the kernel leaves it to the reference: matrix products of that size are done best by PyTorch's own
-# libraries.)
+# sequences begin with are read once for all, see notebook 12, section 5.)
 #
+# ### A prompt: many queries at once
+#
+# One query makes a dot product with each key. Many queries of the same sequence make a *matrix product* with the keys
+# of a block, and another with its values: FlashAttention's form of what you know (Dao et al. 2022, §3.1). A row below
+# is one query of one head. 48 rows or so meet a tile of 64 keys, six at a time, which is as many as there are registers
+# for: their scores, the online softmax of each, then the weighted values. Nothing of the score matrix but 6 × 64
+# numbers ever exists.
+
+# %%
+from minillm.kernels.cpu import prompt_attention
+
+show_part(prompt_attention.attend_rows, "for tile in range", "add_products_narrow")
+
+# %% [markdown]
+# A tile that none of the six sees is skipped (`continue`); so a causal prompt costs half. Only a tile on the edge is
+# masked. The keys are laid out anew before, so that 64 of them lie side by side for each channel: that costs one pass
+# over them, and each is then used by every row.
+
+# %%
+torch.manual_seed(0)
+prompt = torch.randn(200, 3, 64)
+keys, values = torch.randn(2, 13, 1, 16, 64)
+where = (torch.arange(13)[None], torch.tensor([0, 200]), torch.tensor([200]))
+by_tiles = cpu.paged_attention(prompt, keys, values, *where, max_query_len=200, scale=1 / 8)
+by_reference = reference.paged_attention(prompt, keys, values, *where, max_query_len=200, scale=1 / 8)
+torch.testing.assert_close(by_tiles, by_reference, atol=1e-5, rtol=1e-5)
+print("200 queries of a prompt, by tiles: equal to the reference")
+
+# %% [markdown]
 # ## 6 · The fifth way: a kernel for the GPU
 #
 # A GPU has on the order of a hundred multiprocessors (an H100 SXM has 132, says NVIDIA's whitepaper on its

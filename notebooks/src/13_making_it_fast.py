@@ -413,12 +413,12 @@ print(f"{sum(view is not None for view in in_place)} of {len(laid_out)} layers a
 # %% [markdown]
 # ### One call for all layers
 #
-# Now the products are faster, and what lies between them weighs more. Section 4 made few calls of many. For a few
+# Now the products are faster, and what lies between them weighs more. Section 4 made few calls of many. For few
 # tokens one can go to the end: the whole pass through the layers as *one* compiled function, which calls the kernels
 # that we know, one after the other. This is its loop over the layers:
 
 # %%
-show_part(decoder_layers._layers, "_rms_norm(x, norm", "_add(x, added)")
+show_part(decoder_layers._layers, "_add_and_normalise(by_many", "multiply(threads, _matrix(x, weight[DOWN])")
 
 # %% tags=["nbval-ignore-output"]
 decoder.gathered = gathered
@@ -429,8 +429,9 @@ assert gathered is None or at_last.total() < after.total() / 2
 
 # %% [markdown]
 # (Where the layout is another one, or the layers are of a kind that the function does not know, the engine goes the
-# way of section 4. A batch does so in any case: its products are oneDNN's.) On a GPU the same is done by recording a
-# step once and replaying it: CUDA graphs.
+# way of section 4. So do batches, except where registers have 512 bits: there the products of up to 64 rows are made
+# in place too, faster than oneDNN makes them, and a batch of that size is one call.) On a GPU the same is done by
+# recording a step once and replaying it: CUDA graphs.
 #
 # ## 6 · Fewer bytes
 #
