@@ -10,7 +10,16 @@ import llvmlite.binding
 from numba import config
 from numba.core.codegen import get_host_cpu_features
 
-HAS_512_BITS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+
+def may_use(feature: str) -> bool:
+    """Whether the processor has it, and Numba's settings (`NUMBA_CPU_FEATURES`) do not leave it out."""
+    allowed = config.CPU_FEATURES is None or f"+{feature}" in config.CPU_FEATURES.split(",")
+    return allowed and bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
+
+
+HAS_512_BITS = may_use("avx512f")
+HAS_PAIRS = may_use("avx512bf16")
+"""Whether pairs of bfloat16 can be multiplied."""
 HERE = Path(__file__).parent
 
 

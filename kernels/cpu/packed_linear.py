@@ -36,9 +36,9 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from minillm.kernels.cpu.bfloat16 import bits, read, write
-from minillm.kernels.cpu.compiler import HAS_512_BITS
+from minillm.kernels.cpu.compiler import HAS_512_BITS, HAS_PAIRS
 from minillm.kernels.cpu.fast_math import ONLY_PRANGE, use_torch_threads
-from minillm.kernels.cpu.tiles import HAS_PAIRS, ROWS, WIDE, add_products_wide, products_wide
+from minillm.kernels.cpu.tiles import ROWS, WIDE, add_products_wide, products_wide
 from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, Builder
 
 FEW_ROWS = 4

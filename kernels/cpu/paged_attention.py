@@ -25,9 +25,9 @@ How it maps to the hardware:
 - Blocks that all sequences begin with (a system prompt, found by prefix caching) are read once for many: the queries of
   all sequences meet a tile together, as if they were one large group (Juravsky et al. 2024, "Hydragen", §3). The online
   softmax of each query then begins with what that came to, instead of with nothing.
-- Where registers have 512 bits, blocks of 16 keys and heads of 64 or 128 channels are attended to in one stretch of
+- Where registers have 512 bits, blocks of 16 keys and heads of 64, 128, … channels are attended to in one stretch of
   vectors (`minillm.kernels.cpu.tiles`), in bfloat16 by instructions that multiply pairs: 34 sequences of 200 keys took
-  267 µs a layer and take 200.
+  267 µs a layer and take 206.
 
 What bounds it: reading keys and values, each used for one group of queries. docs/benchmarks.md has how near it comes.
 
@@ -51,7 +51,7 @@ from torch import Tensor
 
 from minillm.cache import reference
 from minillm.kernels.cpu.bfloat16 import DTYPES, bits, read, write
-from minillm.kernels.cpu.compiler import HAS_512_BITS
+from minillm.kernels.cpu.compiler import HAS_512_BITS, HAS_PAIRS
 from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2, use_torch_threads
 from minillm.kernels.cpu.prompt_attention import (
     attend_prompt,
@@ -64,7 +64,6 @@ from minillm.kernels.cpu.prompt_attention import (
 from minillm.kernels.cpu.tiles import (
     BLOCK,
     CHANNELS,
-    HAS_PAIRS,
     attend_to_block_1,
     attend_to_block_2,
     attend_to_block_3,
@@ -393,7 +392,7 @@ class Plan(NamedTuple):
     """What all layers of a step have in common, worked out once.
 
     Attributes:
-        block_tables: those of the step; `tables` are the same as an array.
+        tables: the step's block tables.
         many: of each sequence with many queries: its number, where its queries begin and end, and its keys.
         seqs, lengths, ends: of each query of the others (see `_rows`).
         tiles: blocks that those have together.
@@ -402,7 +401,6 @@ class Plan(NamedTuple):
         few: the numbers of their queries, where there is.
     """
 
-    block_tables: Int[Tensor, "seqs max_blocks"]
     tables: Any
     many: list[tuple[int, int, int, int]]
     seqs: Any
@@ -437,8 +435,8 @@ def plan(
     if queries * shared * block_size < MIN_SHARED:
         shared = 0
     seqs, lengths, ends = _rows(starts, lens, far, block_size, shared)
-    few = np.flatnonzero(np.diff(ends)) if shared else NOTHING
-    return Plan(block_tables, tables, many, seqs, lengths, ends, int(ends[-1]), far, tables[first, :shared], few)
+    common, few = (tables[first, :shared], np.flatnonzero(np.diff(ends))) if shared else (NOTHING, NOTHING)
+    return Plan(tables, many, seqs, lengths, ends, int(ends[-1]), far, common, few)
 
 
 def attend(

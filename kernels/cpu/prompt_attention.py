@@ -24,9 +24,9 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from minillm.kernels.cpu.bfloat16 import read, write
+from minillm.kernels.cpu.compiler import HAS_PAIRS
 from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, exp2
 from minillm.kernels.cpu.tiles import (
-    HAS_PAIRS,
     KEYS,
     MASKED,
     NARROW,
@@ -168,14 +168,15 @@ def attend_rows(queries, lows, highs, keys, values, scale, cap, largest, total, 
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
-def lay_out(words, count, k_cache, v_cache, blocks):
-    """The first `count` keys and values of these blocks, for all heads, tile by tile."""
+def lay_out(words, first, count, k_cache, v_cache, blocks):
+    """The first `count` keys and values of these blocks, for all heads, tile by tile; not those before tile `first`."""
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     tiles, size, width = -(-count // KEYS), in_a_word(words), -(-head_dim // NARROW) * NARROW
     keys = np.empty((kv_heads, tiles, -(-head_dim // size), KEYS), words.dtype)
     values = np.empty((kv_heads, tiles, KEYS // size, width), words.dtype)
-    for number in prange(kv_heads * tiles):
-        head, tile = divmod(np.int64(number), tiles)
+    for number in prange(kv_heads * (tiles - first)):
+        head, tile = divmod(np.int64(number), tiles - first)
+        tile += first
         lay_out_tile(tile, count, k_cache, v_cache, blocks, head, keys[head, tile], values[head, tile])
     return keys, values
 
@@ -225,7 +226,8 @@ def attend_prompt(threads, words, q, k_cache, v_cache, blocks, length, window, s
         scale, cap: as `minillm.kernels.cpu.paged_attention` takes them.
     """
     count, kv_heads = len(q), k_cache.shape[1]
-    keys, values = lay_out(words, length, k_cache, v_cache, blocks)
+    first_tile = max(0, length - count + 1 - window) // KEYS
+    keys, values = lay_out(words, first_tile, length, k_cache, v_cache, blocks)
     at_a_time = max(1, ROWS_AT_A_TIME * kv_heads // q.shape[1])
     pieces = -(-count // at_a_time)
     for part in prange(threads):
@@ -250,7 +252,7 @@ def _attend_to_common(tokens, count, q, kv_head, keys, values, scale, cap, lse, 
 def attend_to_common(words, tokens, q, k_cache, v_cache, blocks, scale, cap, lse, mean):
     """These tokens' queries against all keys of these blocks: log₂ of the sum of 2^score, and the mean value."""
     kv_heads, count = k_cache.shape[1], len(blocks) * k_cache.shape[2]
-    keys, values = lay_out(words, count, k_cache, v_cache, blocks)
+    keys, values = lay_out(words, 0, count, k_cache, v_cache, blocks)
     at_a_time = max(1, ROWS_AT_A_TIME * kv_heads // q.shape[1])
     pieces = -(-len(tokens) // at_a_time)
     for number in prange(kv_heads * pieces):

@@ -14,22 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minillm.kernels.cpu.compiler import HAS_512_BITS
+from minillm.kernels.cpu.compiler import HAS_512_BITS, HAS_PAIRS
 from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, LANES, NUMBER, WORD, Builder
 
 ROWS, KEYS = 6, 64
 """Rows of A, and keys of a tile."""
 WIDE, NARROW = 64 if HAS_512_BITS else 16, 16
 """Columns whose sums are carried together; those that are left are done 16 at a time."""
-HAS_PAIRS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
-"""Whether pairs of bfloat16 can be multiplied."""
 BLOCK, CHANNELS = 16, 64
 """Keys, and channels, that `attend_to_block_1` to `attend_to_block_4` take at a time."""
 MASKED = -1e30
@@ -73,11 +70,6 @@ class TileBuilder(Builder):
         function = cgutils.get_or_insert_function(self.ir.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return self.ir.call(function, [total, self.ir.bitcast(a, pairs), self.ir.bitcast(b, pairs)])
 
-    def all_lanes(self, value: Any, lanes: int) -> Any:
-        """A value, in all lanes."""
-        nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-        return self.shuffle(self.ir.insert_element(nothing, value, WORD(0)), nothing, [0] * lanes)
-
     def side_by_side(self, first: Any, second: Any, count: int) -> list[Any]:
         """Of two rows of bfloat16 the pairs of numbers at the same place, as words, `PAIR_SUMS` in each vector."""
         pairs, half = [], ir.IntType(16)
@@ -108,7 +100,7 @@ class TileBuilder(Builder):
         return self.ir.select(self.ir.fcmp_ordered(">", a, b), a, b)
 
     def largest(self, numbers: Any) -> Any:
-        """The largest of a vector, in all lanes."""
+        """The largest of a vector, in all lanes (of numbers; where one is NaN, any of them or NaN)."""
         lanes = numbers.type.count
         step = lanes // 2
         while step:
@@ -126,9 +118,10 @@ class TileBuilder(Builder):
         return numbers
 
     def exp2(self, x: Any) -> Any:
-        """2ˣ for x ≤ 0: `minillm.kernels.cpu.fast_math.exp2`."""
+        """2ˣ for x ≤ 0, as `minillm.kernels.cpu.fast_math.exp2`; below −100 it is 2⁻¹⁰⁰, and NaN stays NaN."""
         lanes = x.type.count
-        x = self.larger(x, self.constant(-126.0, lanes))
+        least = self.constant(-100.0, lanes)
+        x = self.ir.select(self.ir.fcmp_unordered(">", x, least), x, least)
         kind = ir.FunctionType(x.type, [x.type])
         floor = cgutils.get_or_insert_function(self.ir.module, kind, f"llvm.floor.v{lanes}f32")
         whole = self.ir.call(floor, [x])
@@ -140,6 +133,31 @@ class TileBuilder(Builder):
         words = ir.VectorType(WORD, lanes)
         exponent = self.ir.shl(self.ir.fptosi(whole, words), ir.Constant(words, [23] * lanes))
         return self.ir.bitcast(self.ir.add(self.ir.bitcast(p, words), exponent), x.type)
+
+    def online_softmax(self, powers: Sequence[Any], largest_at: Any, total_at: Any) -> tuple[list[Any], Any]:
+        """Take one row's next scores, as powers of 2, into the numbers there: its largest, and its sum of exponentials.
+
+        Returns the numerators, and by what earlier ones shrink. A score that is NaN or infinite makes the sum NaN.
+        """
+        lanes, best = powers[0].type.count, powers[0]
+        for power in powers[1:]:
+            best = self.larger(best, power)
+        before = self.spread(largest_at, lanes)
+        best = self.larger(self.largest(best), before)
+        numerators = [self.exp2(self.ir.fsub(power, best)) for power in powers]
+        added = numerators[0]
+        for numerator in numerators[1:]:
+            added = self.ir.fadd(added, numerator)
+        shrunk = self.exp2(self.ir.fsub(before, best))
+        total = self.multiply_add(self.spread(total_at, lanes), shrunk, self.sum(added))
+        for place, value in ((largest_at, best), (total_at, total)):
+            self.store_first(value, place)
+        return numerators, shrunk
+
+    def store_first(self, value: Any, address: Any) -> None:
+        """Write a vector's first number."""
+        first = self.ir.extract_element(value, WORD(0))
+        self.ir.store(first, self.ir.inttoptr(address, NUMBER.as_pointer()))
 
     def number(self, array: Any, index: Any) -> Any:
         """The address of a number of a one-dimensional array."""
@@ -221,20 +239,8 @@ def softmax_step(typing_context, scores, i, scale, row, largest, total, shrink, 
         factor = t.all_lanes(args[2], LANES)
         parts = range(0, KEYS, LANES)
         powers = [builder.fmul(factor, t.load(t.plus(source, part, 4), LANES)) for part in parts]
-        best = powers[0]
-        for power in powers[1:]:
-            best = t.larger(best, power)
-        before = t.spread(t.number(high, args[3]), LANES)
-        best = t.larger(t.largest(best), before)
-        numerators = [t.exp2(builder.fsub(power, best)) for power in powers]
-        added = numerators[0]
-        for numerator in numerators[1:]:
-            added = builder.fadd(added, numerator)
-        shrunk = t.exp2(builder.fsub(before, best))
-        after = t.multiply_add(t.spread(t.number(sums, args[3]), LANES), shrunk, t.sum(added))
-        for array, place, value in ((high, args[3], best), (sums, args[3], after), (less, args[1], shrunk)):
-            first = builder.extract_element(value, WORD(0))
-            builder.store(first, builder.inttoptr(t.number(array, place), NUMBER.as_pointer()))
+        numerators, shrunk = t.online_softmax(powers, t.number(high, args[3]), t.number(sums, args[3]))
+        t.store_first(shrunk, t.number(less, args[1]))
         are_numbers = signature.args[7].dtype == types.float32
         for part, numerator in zip(parts, numerators, strict=True):
             if are_numbers:
@@ -300,14 +306,8 @@ def _make_attend_to_block(heads: int) -> Any:
             for h, number in enumerate(numbers):
                 powers = builder.fmul(factor, t.sums_of_fours([four[h] for four in fours]))
                 powers = builder.select(seen, powers, t.constant(MASKED, BLOCK))
-                high, sum_at = (t.number(arrays[name], number) for name in ("largest", "total"))
-                before = t.spread(high, BLOCK)
-                best = t.larger(t.largest(powers), before)
-                numerators = t.exp2(builder.fsub(powers, best))
-                less = t.exp2(builder.fsub(before, best))
-                after = t.multiply_add(t.spread(sum_at, BLOCK), less, t.sum(numerators))
-                for place, value in ((high, best), (sum_at, after)):
-                    builder.store(builder.extract_element(value, WORD(0)), builder.inttoptr(place, NUMBER.as_pointer()))
+                state = (t.number(arrays[name], number) for name in ("largest", "total"))
+                (numerators,), less = t.online_softmax([powers], *state)
                 t.store(t.narrow(numerators) if are_pairs else numerators, t.row(arrays["weights"], number))
                 shrunk.append(less)
 

@@ -90,8 +90,11 @@ class Builder:
 
     def spread(self, address: Any, lanes: int) -> Any:
         """The float32 there, in all lanes."""
-        value = self.ir.load(self.ir.inttoptr(address, NUMBER.as_pointer()))
-        nothing = ir.Constant(self.vector(lanes), ir.Undefined)
+        return self.all_lanes(self.ir.load(self.ir.inttoptr(address, NUMBER.as_pointer())), lanes)
+
+    def all_lanes(self, value: Any, lanes: int) -> Any:
+        """A value, in all lanes."""
+        nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
         return self.shuffle(self.ir.insert_element(nothing, value, WORD(0)), nothing, [0] * lanes)
 
     def shuffle(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:

@@ -33,6 +33,10 @@ WARM_UP_TOKENS = {"cpu": (1, 8, 32, 96, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 1
 longest prompt of a step, up to 128 rows."""
 
 
+LATE_CHUNK = 1024
+"""Tokens of a sequence of which even a small last chunk has many scores, for which a CPU has a kernel of its own."""
+
+
 class Chunk(NamedTuple):
     """Consecutive tokens of one sequence, as a step computes them.
 
@@ -242,6 +246,9 @@ class ModelRunner:
         limit = min(self.sizes.max_model_len, self.sizes.max_num_batched_tokens, block_tokens)
         for tokens in sorted({min(tokens, limit) for tokens in WARM_UP_TOKENS.get(self.device.type, (1,))}):
             self.warm_up(tokens)
+        behind = min(self.sizes.max_model_len, block_tokens, LATE_CHUNK) - limit
+        if self.device.type == "cpu" and limit < max(WARM_UP_TOKENS["cpu"]) and behind > 0:
+            self.warm_up(limit, behind=behind)
         self._warm_up_decode()
 
     @torch.inference_mode()
@@ -250,8 +257,10 @@ class ModelRunner:
         self.run(self.empty_decode_batch(1))
 
     @torch.inference_mode()
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int, *, behind: int = 0) -> None:
         """Compute and sample a step of so many tokens that nobody asked for, of as many sequences as can be.
+
+        Each sequence has `behind` tokens before.
 
         What is compiled or set up at its first use is then ready before the first request, and the peak of memory is
         what a step takes. Needs blocks for these tokens; what they hold is lost.
@@ -261,8 +270,8 @@ class ModelRunner:
         chunks = []
         for start in range(0, num_tokens, longest):
             table = BlockTable(pool)
-            table.append(min(longest, num_tokens - start))
-            chunks.append(Chunk([0] * table.num_tokens, 0, table))
+            table.append(behind + min(longest, num_tokens - start))
+            chunks.append(Chunk([0] * (table.num_tokens - behind), behind, table))
         logits = self.logits(self.hidden(chunks)[: self.sizes.max_num_seqs])
         probabilities = transform(logits, 1.0, top_k=logits.shape[-1], top_p=0.9).softmax(dim=-1)
         draw(probabilities, torch.rand(len(logits), device=self.device))

@@ -24,6 +24,7 @@ SHAPES = (
     {"group": 1, "head_dim": 80, "block_size": 5},
     {"group": 3, "head_dim": 64, "block_size": 16},
     {"group": 7, "head_dim": 128, "block_size": 16},
+    {"group": 9, "head_dim": 33, "block_size": 16},
 )
 
 
@@ -153,3 +154,17 @@ def test_what_it_does_not_take_goes_to_the_reference():
     case = make_case([1, 4], [20, 9], kv_heads=1, group=2, head_dim=16, block_size=4, dtype=torch.float16)
     ours = attend(case)
     torch.testing.assert_close(ours.double(), float64_attention(case), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ["query is NaN", "seen key is NaN", "query is infinite"])
+@pytest.mark.parametrize("queries", [1, 140], ids=["a single query", "a prompt"])
+def test_what_is_no_number_stays_none(queries, what, dtype):
+    """Else a model that overflows would write plausible tokens."""
+    case = make_case([queries], [140], kv_heads=1, group=3, head_dim=64, block_size=16, dtype=dtype, seed=0)
+    q, k_cache, _, tables, *_ = case.arguments
+    if what == "seen key is NaN":
+        k_cache[tables[0, 2], 0, 3, 5] = torch.nan
+    else:
+        q[-1, 0, 5] = torch.nan if what == "query is NaN" else torch.inf
+    assert attend(case)[-1, 0].isnan().all()
