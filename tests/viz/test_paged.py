@@ -113,6 +113,7 @@ def test_scattered_blocks_belong_to_one_sequence_each():
 def test_threads_read_what_the_cpu_kernel_gives_them(threads):
     """Each part of the kernel is run alone: what it finishes, and what it leaves unfinished."""
     from minillm.kernels.cpu import paged_attention as cpu
+    from minillm.kernels.cpu.prompt_attention import words_for
 
     lengths, block_size = [50, 4, 30, 2, 8], 4
     counts = [-(-length // block_size) for length in lengths]
@@ -128,7 +129,8 @@ def test_threads_read_what_the_cpu_kernel_gives_them(threads):
         out, tokens = np.full_like(q, NAN), np.zeros((threads, 2), np.int64)
         stats, means = np.zeros((threads, 2, 2, 2), np.float32), np.zeros((threads, 2, 2, 8), np.float32)
         common = np.zeros((0, 2), np.float32), np.zeros((0, 2, 8), np.float32)
-        given = part, threads, q, k_cache, v_cache, tables, seqs, seen, ends, far, 0, *common, scale, no_cap
+        where = tables, seqs, seen, ends, far, 0, *common
+        given = part, threads, words_for(k_cache), q, k_cache, v_cache, *where, scale, no_cap
         cpu._attend_part(*given, out, tokens, stats, means)
         whole = {seq for seq, begin, end in mine if end - begin == counts[seq]}
         assert {seq for seq in range(5) if not np.isnan(out[seq]).any()} == whole
