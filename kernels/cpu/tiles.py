@@ -220,7 +220,7 @@ def _make_products(columns: int, adds: bool) -> Any:
     return products
 
 
-products_wide, products_narrow = (_make_products(columns, adds=False) for columns in (WIDE, NARROW))
+products_wide = _make_products(WIDE, adds=False)
 add_products_wide, add_products_narrow = (_make_products(columns, adds=True) for columns in (WIDE, NARROW))
 
 
