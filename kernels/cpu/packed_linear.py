@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
@@ -275,3 +275,13 @@ def product(x: Float[Tensor, "rows in"], weight: FewRows) -> Float[Tensor, "rows
     out = torch.empty(len(x), weight.outputs, dtype=x.dtype)
     multiply(use_torch_threads(), weight.blocks, bits(x.contiguous()), weight.bias, bits(out))
     return out
+
+
+def rows(weight: FewRows, numbers: Int[Tensor, "rows"]) -> Float[Tensor, "rows in"]:
+    """These rows of the weight that was packed: an embedding's tokens, in a head that is the same table."""
+    blocks, steps, numbers_of_a_step = weight.blocks.shape
+    beside = SIDE_BY_SIDE[weight.packed.dtype]
+    width = numbers_of_a_step // beside
+    block, place = np.divmod(numbers.numpy(), width)
+    found = weight.blocks.reshape(blocks, steps, width, beside)[block, :, place]
+    return torch.from_numpy(found.reshape(len(numbers), steps * beside)).view(weight.packed.dtype)

@@ -55,8 +55,18 @@ _NAMES = {
 """Our module name → GGUF's, for every architecture."""
 
 
+class _Array(gguf.ReaderField):
+    """An array that has been read: its values, where the library keeps two NumPy arrays for each of them.
+
+    For a vocabulary of 49,152 those take 80 MB.
+    """
+
+    def contents(self, index_or_slice: int | slice = slice(None)) -> Any:
+        return self.parts[0][index_or_slice]
+
+
 class _Reader(gguf.GGUFReader):
-    """The library's reader, faster and sure of its bounds.
+    """The library's reader, faster, smaller and sure of its bounds.
 
     Its header parsing is four times slower over a `numpy.memmap` than over a plain array; and past the end of a file
     it reads nothing without a word, so that a damaged length would send it looping.
@@ -75,6 +85,11 @@ class _Reader(gguf.GGUFReader):
         """Forget the pages read so far; they are read again when they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._mapped._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def _push_field(self, field: gguf.ReaderField, skip_sum: bool = False) -> int:
+        if gguf.GGUFValueType.ARRAY in field.types[:1]:
+            field = _Array(field.offset, field.name, [field.contents()], [0], field.types)
+        return super()._push_field(field, skip_sum)
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         found = super()._get(offset, dtype, count, override_order)

@@ -22,6 +22,7 @@ from minillm.transformer import fused
 from minillm.transformer.blocks import NormPlacement, TransformerBlock
 from minillm.transformer.feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
 from minillm.transformer.kv import AttentionSpec, KVStore, NoCache, PaddedBatch
+from minillm.transformer.linear import PackedEmbedding, PackedLinear
 from minillm.transformer.multi_head import MultiHeadAttention
 from minillm.transformer.norms import LayerNorm, RMSNorm
 from minillm.transformer.parallel import Ranks, VocabParallelEmbedding, shard_config
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
         self.whole_config = config
         self.config = config = config if ranks is None else shard_config(config, ranks.size)
         embedding_size = config.embedding_size or config.hidden_size
-        self.embedding = (
+        self.embedding: nn.Embedding | VocabParallelEmbedding | PackedEmbedding = (
             nn.Embedding.from_pretrained(torch.empty(config.vocab_size, embedding_size), freeze=False)
             if ranks is None
             else VocabParallelEmbedding(config.vocab_size, embedding_size, ranks)
@@ -179,7 +180,13 @@ class Decoder(nn.Module):
         if self.head is None:
             vocab_size, size = self.embedding.weight.shape
             self.head = nn.Linear(size, vocab_size, bias=False, device="meta")
-            self.head.weight = self.embedding.weight
+            self.head.weight = cast(nn.Parameter, self.embedding.weight)
+
+    def look_up_in_head(self) -> None:
+        """Give a tied table back where the packed head, which is the same numbers, can be read instead."""
+        head = self.head
+        if self.config.tied_head and self.ranks is None and isinstance(head, PackedLinear) and head.few is not None:
+            self.embedding = PackedEmbedding(head)
 
     def gather_layers(self) -> None:
         """From now on do all layers by one operation for a few tokens, if it can; the weights stay as they are."""
@@ -190,11 +197,11 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return next(self.parameters()).device
 
     def embed(
         self, tokens: Int[Tensor, "*tokens"], positions: Int[Tensor, "*tokens"]

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minillm.errors import ConfigError
@@ -75,6 +75,31 @@ class PackedLinear(nn.Module):
         right = self(x).float()
         off = ((kernel.product(x, few).float() - right).norm() for few in views)
         return next((few for few, error in zip(views, off, strict=True) if error < 0.02 * right.norm()), None)
+
+
+class PackedEmbedding(nn.Module):
+    """Looks tokens up in the head's packed weight, so that a tied table is in memory once. Has no gradient.
+
+    Press & Wolf 2017, "Using the Output Embedding to Improve Language Models", §1: input and output share one table.
+
+    Args:
+        head: whose layout is known (`PackedLinear.few`).
+    """
+
+    def __init__(self, head: PackedLinear) -> None:
+        super().__init__()
+        self.head = head
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The table as it was, a copy."""
+        return self.head.packed.to_dense()
+
+    def forward(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
+        kernel = self.head.kernel
+        assert kernel is not None, "few is asked first"
+        rows: Tensor = kernel.rows(self.head.few, tokens.reshape(-1))
+        return rows.view(*tokens.shape, self.head.in_features)
 
 
 def packed_linear(weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> PackedLinear | None:

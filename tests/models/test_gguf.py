@@ -425,6 +425,15 @@ def test_cut_files(part, small_file, tmp_path):
             read(path)
 
 
+def test_the_header_is_read_as_the_library_reads_it(small_file):
+    ours, theirs = open_gguf(small_file), gguf.GGUFReader(small_file)
+    assert list(ours.fields) == list(theirs.fields)
+    for name, expected in theirs.fields.items():
+        assert (ours.fields[name].contents(), ours.fields[name].types) == (expected.contents(), expected.types)
+    tokens = ours.fields["tokenizer.ggml.tokens"]
+    assert tokens.contents(3) == tokens.contents()[3] == tokens.contents(slice(3, 4))[0]
+
+
 def test_not_gguf(tmp_path):
     path = tmp_path / "page.gguf"
     path.write_text("<html>404</html>" * 100)

@@ -352,13 +352,16 @@ def test_a_rank_that_dies_ends_every_request_and_the_server(tmp_path, busy):
 
 FAILING = """
 import sys
+import time
 from minillm.cli import main
 from minillm.engine.runner import ModelRunner
 
 compute, steps = ModelRunner.compute, []
 
 def fail(self, step):
-    steps.append(step)
+    time.sleep(0.01)  # all eight are there before the first one's 400 tokens
+    if len(step.scheduled) == 8:
+        steps.append(step)
     if len(steps) > 20:
         raise RuntimeError("the device is gone")
     return compute(self, step)

@@ -9,7 +9,9 @@ from torch import nn
 
 from minillm.errors import ConfigError
 from minillm.transformer import linear
-from minillm.transformer.linear import Int4Linear, Int8Linear, PackedLinear
+from minillm.transformer.decoder import Decoder, DecoderConfig, LayerConfig
+from minillm.transformer.linear import Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
+from minillm.transformer.positions import RotaryConfig
 
 
 @pytest.fixture(autouse=True, params=["kernels", "PyTorch"])
@@ -30,6 +32,22 @@ def test_packed_is_the_same_product(shape, bias):
     weight, added = weights(bias=bias)
     x = torch.randn(shape)
     torch.testing.assert_close(PackedLinear(weight, added)(x), F.linear(x, weight, added), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [64, 300])
+@pytest.mark.parametrize("tokens", [(), (0,), (7,), (2, 3)])
+@torch.no_grad()
+def test_a_tied_table_is_read_in_the_head(tokens, vocabulary, dtype):
+    table = weights(vocabulary, bias=False)[0].to(dtype)
+    head = PackedLinear(table)
+    if head.few is None:
+        pytest.skip("oneDNN's layout is another one on this processor")
+    asked = torch.randint(vocabulary, tokens)
+    embedding = PackedEmbedding(head)
+    assert torch.equal(embedding(asked), F.embedding(asked, table))
+    assert torch.equal(embedding(torch.arange(vocabulary)), table)
+    assert torch.equal(embedding.weight, table)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -122,3 +140,31 @@ def test_a_quantized_engine_answers_as_its_rounded_weights_do(kind, bits):
         llm.reset_prefix_cache()
         plain = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
     assert quantized == plain
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_packed_decoder_gives_a_tied_table_back(tied):
+    layers = (LayerConfig(None, RotaryConfig(16)),) * 2
+    config = DecoderConfig(
+        vocab_size=300,
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        layers=layers,
+        tied_head=tied,
+    )
+    decoder, tokens = Decoder(config), torch.randint(300, (2, 7))
+    table, before = decoder.embedding.weight, decoder(tokens)
+    decoder.make_head()
+    linear.swap_linears(decoder, PackedLinear)
+    decoder.look_up_in_head()
+    if decoder.head.few is None:
+        pytest.skip("oneDNN's layout is another one on this processor")
+    assert any(parameter is table for parameter in decoder.parameters()) is not tied
+    assert (decoder.dtype, decoder.device) == (torch.float32, torch.device("cpu"))
+    assert torch.equal(decoder.embed(tokens, tokens), F.embedding(tokens, table))
+    torch.testing.assert_close(decoder(tokens), before, atol=1e-4, rtol=1e-4)
