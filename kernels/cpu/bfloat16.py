@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from minillm.kernels.cpu import compiler  # noqa: F401 (before the first njit)
+from minillm.kernels.cpu.compiler import HAS_PAIRS
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What `read` and `write`, and so the kernels, take."""
@@ -37,28 +37,54 @@ def bits_to_float(typing_context, bits):
     return types.float32(types.uint32), generate
 
 
+class BFloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+def nearest(builder: Any, value: Any) -> Any:
+    """LLVM's float32, or a vector of them → 16 bits of the nearest bfloat16 each (not for NaN, but where `HAS_PAIRS`).
+
+    In 32 bits, which Numba's own integers leave.
+    """
+    count = value.type.count if isinstance(value.type, ir.VectorType) else None
+
+    def of(kind: Any) -> Any:
+        return kind if count is None else ir.VectorType(kind, count)
+
+    def constant(number: int) -> Any:
+        return ir.Constant(of(ir.IntType(32)), number if count is None else [number] * count)
+
+    if HAS_PAIRS:
+        return builder.bitcast(builder.fptrunc(value, of(BFloat())), of(ir.IntType(16)))
+    bits = builder.bitcast(value, of(ir.IntType(32)))
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(builder.add(bits, constant(0x7FFF)), odd)
+    return builder.trunc(builder.lshr(rounded, constant(16)), of(ir.IntType(16)))
+
+
 @intrinsic
-def float_to_bits(typing_context, value):
-    """Reinterpret a float32 as 32 bits."""
+def narrow(typing_context, value):
+    """float32 → uint16 bits of the nearest bfloat16; see `nearest`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
+        return nearest(builder, args[0])
 
-    return types.uint32(types.float32), generate
+    return types.uint16(types.float32), generate
 
 
 @njit(inline="always")
 def widen(bits):
     """uint16 bits of a bfloat16 → float32."""
     return bits_to_float(np.uint32(bits) << np.uint32(16))
-
-
-@njit(inline="always")
-def narrow(value):
-    """float32 → uint16 bits of the nearest bfloat16 (not for NaN)."""
-    bits = float_to_bits(np.float32(value))
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 def read(number):  # pragma: no cover
@@ -81,5 +107,5 @@ def _read(number):
 @overload(write, inline="always")
 def _write(like, value):
     if like == types.uint16:
-        return lambda like, value: narrow(value)
+        return lambda like, value: narrow(np.float32(value))
     return lambda like, value: value

@@ -38,7 +38,7 @@ from torch import Tensor
 from minillm.kernels.cpu.bfloat16 import bits, read, write
 from minillm.kernels.cpu.compiler import HAS_512_BITS, HAS_PAIRS
 from minillm.kernels.cpu.fast_math import ONLY_PRANGE, use_torch_threads
-from minillm.kernels.cpu.tiles import ROWS, WIDE, add_products_wide, products_wide
+from minillm.kernels.cpu.tiles import ROWS, WIDE, add_products_wide, products_wide, write_wide
 from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, Builder
 
 FEW_ROWS = 4
@@ -143,39 +143,38 @@ def _add_products_of_rows(x, row, some, adds, ones, sums, target, coming):
 
 
 @njit(nogil=True, cache=True)
-def _write(sums, bias, target):
-    if len(bias):
-        for j in range(len(target)):
-            target[j] = write(target[j], sums[j] + read(bias[j]))
-    else:
-        for j in range(len(target)):
-            target[j] = write(target[j], sums[j])
-
-
-@njit(nogil=True, cache=True)
-def _some_blocks_of_many_rows(weight, x, rest, bias, out, begin, end):
-    """The outputs of these blocks, of `WIDE` outputs each; of weight and x the words.
+def _some_tiles(weight, x, rest, bias, out, begin, end):
+    """These of the tiles, of `ROWS` rows and `WIDE` outputs each, block by block; of weight and x the words.
 
     Args:
         rest: the last rows of x where they are not `ROWS`, filled up with zeros.
     """
     steps, ones = weight.shape[1], np.ones(ROWS, np.float32)
-    whole = len(x) // ROWS * ROWS
-    sums = np.empty((whole + ROWS, WIDE), np.float32)
-    for block in range(begin, end):
+    whole, tiles = len(x) // ROWS * ROWS, -(-len(x) // ROWS)
+    sums, added = np.empty((tiles * ROWS, WIDE), np.float32), np.zeros(WIDE, np.float32)
+    for block in range(begin // tiles, -(-end // tiles)):
+        top, bottom = max(begin - block * tiles, 0) * ROWS, min(end - block * tiles, tiles) * ROWS
         for first in range(0, steps, STEPS):
             part = slice(first, first + STEPS)
             some, xs, rests = weight[block, part], x[:, part], rest[:, part]
             coming = some.ctypes.data + some.size * some.itemsize
-            for row in range(0, len(x), ROWS):
+            for row in range(top, bottom, ROWS):
                 ask_for = coming + row // ROWS % LINES_OF_A_ROW * STEPS * CACHE_LINE
                 if row < whole:
                     _add_products_of_rows(xs, row, some, first > 0, ones, sums, row, ask_for)
                 else:
                     _add_products_of_rows(rests, 0, some, first > 0, ones, sums, row, ask_for)
-        outputs = slice(block * WIDE, (block + 1) * WIDE)
-        for row in range(len(out)):
-            _write(sums[row], bias[outputs], out[row, outputs])
+        start, bottom = block * WIDE, min(bottom, len(x))
+        count = min(WIDE, out.shape[1] - start)
+        if len(bias):
+            for j in range(count):
+                added[j] = read(bias[start + j])
+        if count == WIDE:
+            write_wide(sums, added, out, top, bottom, start)
+        else:
+            for row in range(top, bottom):
+                for j in range(count):
+                    out[row, start + j] = write(out[row, start + j], sums[row, j] + added[j])
 
 
 @njit(nogil=True, cache=True)
@@ -215,9 +214,10 @@ def multiply(threads, weight, x, bias, out):
         rest = np.zeros((ROWS, x.shape[1]), x.dtype)
         rest[: len(x) % ROWS] = x[len(x) // ROWS * ROWS :]
         numbers, rows, last_rows = words(weight), words(x), words(rest)
+        tiles = blocks * -(-len(x) // ROWS)
         for part in prange(parts):
-            begin, end = blocks * part // parts, blocks * (part + 1) // parts
-            _some_blocks_of_many_rows(numbers, rows, last_rows, bias, out, begin, end)
+            begin, end = tiles * part // parts, tiles * (part + 1) // parts
+            _some_tiles(numbers, rows, last_rows, bias, out, begin, end)
         return
     wide = np.empty(x.shape, np.float32)
     for row in range(x.shape[0]):

@@ -20,6 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from minillm.kernels.cpu.bfloat16 import BFloat, nearest
 from minillm.kernels.cpu.compiler import HAS_512_BITS, HAS_PAIRS
 from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, LANES, NUMBER, WORD, Builder
 
@@ -33,19 +34,6 @@ MASKED = -1e30
 """The score of a key that is not seen: finite, so that nothing becomes NaN before a row has seen its first key."""
 PAIR_SUMS = 16
 """Sums of one instruction for pairs."""
-
-
-class _BFloat(ir.Type):
-    """LLVM's bfloat16, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
 
 
 class TileBuilder(Builder):
@@ -65,7 +53,7 @@ class TileBuilder(Builder):
             for first, second in zip(self.both(a), self.both(b), strict=True):
                 total = self.multiply_add(first, second, total)
             return total
-        pairs = ir.VectorType(_BFloat(), 2 * PAIR_SUMS)
+        pairs = ir.VectorType(BFloat(), 2 * PAIR_SUMS)
         kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
         function = cgutils.get_or_insert_function(self.ir.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return self.ir.call(function, [total, self.ir.bitcast(a, pairs), self.ir.bitcast(b, pairs)])
@@ -92,8 +80,8 @@ class TileBuilder(Builder):
         return join(halves[0], halves[1], (0, 2, 4, 6), (1, 3, 5, 7))
 
     def narrow(self, numbers: Any) -> Any:
-        """float32 → bfloat16."""
-        return self.ir.fptrunc(numbers, ir.VectorType(_BFloat(), numbers.type.count))
+        """float32 → bfloat16, as 16 bits each."""
+        return nearest(self.ir, numbers)
 
     def larger(self, a: Any, b: Any) -> Any:
         """Elementwise."""
@@ -222,6 +210,31 @@ def _make_products(columns: int, adds: bool) -> Any:
 
 products_wide = _make_products(WIDE, adds=False)
 add_products_wide, add_products_narrow = (_make_products(columns, adds=True) for columns in (WIDE, NARROW))
+
+
+@intrinsic
+def write_wide(typing_context, sums, added, out, first, last, column):
+    """out[i, column:] = sums[i] + added, as out stores numbers, for first ≤ i < last and `WIDE` columns."""
+    stored, lanes = out.dtype, min(WIDE, 16)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        t = TileBuilder(context, builder)
+        given, more, target = (t.array(signature.args[at], args[at]) for at in range(3))
+        size = 4 if stored == types.float32 else 2
+        parts = range(0, WIDE, lanes)
+        addeds = [t.load(t.number(more, INDEX(part)), lanes) for part in parts]
+
+        def body(row: Any, _: Sequence[Any]) -> list[Any]:
+            start = t.plus(t.row(target, row), args[5], size)
+            for part, beside in zip(parts, addeds, strict=True):
+                total = builder.fadd(t.load(t.plus(t.row(given, row), part, 4), lanes), beside)
+                t.store(total if size == 4 else t.narrow(total), t.plus(start, part, size))
+            return []
+
+        t.loop(args[3], args[4], 1, [], body)
+        return context.get_dummy_value()
+
+    return types.void(sums, added, out, types.intp, types.intp, types.intp), generate
 
 
 @intrinsic
