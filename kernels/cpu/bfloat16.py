@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from minillm.kernels.cpu.compiler import HAS_PAIRS
+from minillm.kernels.cpu import compiler  # noqa: F401 (before the first njit)
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What `read` and `write`, and so the kernels, take."""
@@ -37,43 +37,25 @@ def bits_to_float(typing_context, bits):
     return types.float32(types.uint32), generate
 
 
-class BFloat(ir.Type):
-    """LLVM's bfloat16, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BFloat)
-
-    def __hash__(self) -> int:
-        return hash(BFloat)
-
-
 def nearest(builder: Any, value: Any) -> Any:
-    """LLVM's float32, or a vector of them → 16 bits of the nearest bfloat16 each (not for NaN, but where `HAS_PAIRS`).
-
-    In 32 bits, which Numba's own integers leave.
-    """
+    """LLVM's float32, or a vector of them → 16 bits of the nearest bfloat16 each (not for NaN)."""
     count = value.type.count if isinstance(value.type, ir.VectorType) else None
 
-    def of(kind: Any) -> Any:
-        return kind if count is None else ir.VectorType(kind, count)
+    def of(bits: int) -> Any:
+        return ir.IntType(bits) if count is None else ir.VectorType(ir.IntType(bits), count)
 
     def constant(number: int) -> Any:
-        return ir.Constant(of(ir.IntType(32)), number if count is None else [number] * count)
+        return ir.Constant(of(32), number if count is None else [number] * count)
 
-    if HAS_PAIRS:
-        return builder.bitcast(builder.fptrunc(value, of(BFloat())), of(ir.IntType(16)))
-    bits = builder.bitcast(value, of(ir.IntType(32)))
-    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    rounded = builder.add(builder.add(bits, constant(0x7FFF)), odd)
-    return builder.trunc(builder.lshr(rounded, constant(16)), of(ir.IntType(16)))
+    word = builder.bitcast(value, of(32))
+    odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
+    rounded = builder.add(builder.add(word, constant(0x7FFF)), odd)
+    return builder.trunc(builder.lshr(rounded, constant(16)), of(16))
 
 
 @intrinsic
 def narrow(typing_context, value):
-    """float32 → uint16 bits of the nearest bfloat16; see `nearest`."""
+    """float32 → uint16 bits of the nearest bfloat16 (not for NaN); in 32 bits, which Numba's own integers leave."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return nearest(builder, args[0])

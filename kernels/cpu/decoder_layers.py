@@ -26,7 +26,7 @@ from minillm.kernels.cpu.fast_math import LOG2_E, ONLY_PRANGE, use_torch_threads
 from minillm.kernels.cpu.packed_linear import FewRows, multiply, side_by_side
 from minillm.kernels.cpu.paged_attention import FAR, MIN_TILES_PER_THREAD, NOTHING, Plan, _attend, _rows
 from minillm.kernels.cpu.prompt_attention import words_for
-from minillm.kernels.cpu.rms_norm import _add_rms_norm, _normalise
+from minillm.kernels.cpu.rms_norm import _add_and_normalise, _normalise
 from minillm.kernels.cpu.rotary import _turn
 from minillm.kernels.cpu.silu_mul import _few, _many
 from minillm.kernels.cpu.vectors import numbers_at
@@ -97,24 +97,29 @@ def _matrix(like, place):
 
 @njit(nogil=True, cache=True)
 def _rotate_and_write_some(
-    projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
+    begin, end, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
 ):  # fmt: skip
-    """The queries, turned; keys, turned, and values into their slots; heads normalised before, if they are."""
+    """Of these tokens: queries, turned; keys, turned, and values into their slots. Norms of heads come first."""
     heads, kv_heads, block_size = q.shape[1], k_cache.shape[1], k_cache.shape[2]
-    for token in range(len(slots)):
+    if len(q_norm):
+        for token in range(begin, end):
+            for head in range(heads):
+                _normalise(projected[token, head], q_norm, projected[token, head], eps, weight_offset)
+            for head in range(heads, heads + kv_heads):
+                _normalise(projected[token, head], k_norm, projected[token, head], eps, weight_offset)
+    for token in range(begin, end):
         for head in range(heads):
-            source = projected[token, head]
-            if len(q_norm):
-                _normalise(source, q_norm, source, eps, weight_offset)
-            _turn(source, cos[token], sin[token], interleaved, q[token, head])
+            _turn(projected[token, head], cos[token], sin[token], interleaved, q[token, head])
+    for token in range(begin, end):
         if slots[token] >= 0:
             block, place = divmod(slots[token], block_size)
             for head in range(kv_heads):
-                source = projected[token, heads + head]
-                if len(k_norm):
-                    _normalise(source, k_norm, source, eps, weight_offset)
-                _turn(source, cos[token], sin[token], interleaved, k_cache[block, head, place])
-                v_cache[block, head, place] = projected[token, heads + kv_heads + head]
+                _turn(
+                    projected[token, heads + head], cos[token], sin[token], interleaved, k_cache[block, head, place]
+                )  # fmt: skip
+                value, target = projected[token, heads + kv_heads + head], v_cache[block, head, place]
+                for d in range(len(value)):
+                    target[d] = value[d]
 
 
 @njit(nogil=True, cache=True)
@@ -125,28 +130,16 @@ def _add(x, added):
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
-def _add_and_normalise(parts, x, added, weight, out, eps, weight_offset):
-    if parts == 1:
-        _add_rms_norm(x, added, weight, out, eps, weight_offset)
-        return
-    for part in prange(parts):
-        some = slice(len(x) * part // parts, len(x) * (part + 1) // parts)
-        _add_rms_norm(x[some], added[some], weight, out[some], eps, weight_offset)
-
-
-@njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
 def _rotate_and_write(
     parts, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
 ):  # fmt: skip
-    norms = (q_norm, k_norm, eps, weight_offset)
+    tokens, heads = len(slots), (projected, q_norm, k_norm, eps, weight_offset)
+    places = (cos, sin, interleaved, q, k_cache, v_cache, slots)
     if parts == 1:
-        _rotate_and_write_some(projected, *norms, cos, sin, interleaved, q, k_cache, v_cache, slots)
+        _rotate_and_write_some(0, tokens, *heads, *places)
         return
     for part in prange(parts):
-        some = slice(len(slots) * part // parts, len(slots) * (part + 1) // parts)
-        _rotate_and_write_some(
-            projected[some], *norms, cos[some], sin[some], interleaved, q[some], k_cache, v_cache, slots[some]
-        )  # fmt: skip
+        _rotate_and_write_some(tokens * part // parts, tokens * (part + 1) // parts, *heads, *places)
 
 
 @njit(nogil=True, cache=True)

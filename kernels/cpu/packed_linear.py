@@ -11,9 +11,10 @@ again, and were no faster than oneDNN; so the loop is given to LLVM as it is to 
 are read at the same time, because two streams keep the memory busier than one. In bfloat16 each is asked for 2 KiB
 ahead; in float32 the hardware is ahead by itself. The blocks are divided among the threads.
 
-Where registers have 512 bits, up to 64 rows are multiplied here, 6 rows × 64 outputs at a time
+Where registers have 512 bits, up to 96 rows are multiplied here, 6 rows × 64 outputs at a time
 (`minillm.kernels.cpu.tiles`). A part of a block stays in the first-level cache for all rows, which ask for the next
-part meanwhile: without that, the first rows waited for it, and oneDNN was as fast.
+part meanwhile: without that, the first rows waited for it, and oneDNN was as fast. Tiles of 6 rows × 64 outputs are
+dealt out to the threads, so that 9 or 15 blocks are as much for each of two.
 
 All of SmolLM2-135M's products but the head, ms, medians on two cores, oneDNN / here: float32 without AVX-512 20 / 12,
 float32 with AVX-512 18 / 14, bfloat16 with AVX-512 9.4 / 5.9. What bounds it: reading.
@@ -38,16 +39,17 @@ from torch import Tensor
 from minillm.kernels.cpu.bfloat16 import bits, read, write
 from minillm.kernels.cpu.compiler import HAS_512_BITS, HAS_PAIRS
 from minillm.kernels.cpu.fast_math import ONLY_PRANGE, use_torch_threads
-from minillm.kernels.cpu.tiles import ROWS, WIDE, add_products_wide, products_wide, write_wide
+from minillm.kernels.cpu.tiles import ROWS, WIDE, add_products_wide, products_wide, words, write_wide
 from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, Builder
 
 FEW_ROWS = 4
 """So many rows are multiplied one by one: their product is bound by reading the weight."""
-MANY_ROWS = 64
+MANY_ROWS = 96
 """So many are better served here than by oneDNN where registers have 512 bits.
 
-Measured, all of SmolLM2-135M's products but the head, bfloat16, two cores, oneDNN / here: 8 rows 8.3 / 7.0 ms, 16 rows
-9.8 / 7.6, 24 rows 11.1 / 7.4, 32 rows 13.1 / 10.5, 48 rows 19.9 / 15.2, 64 rows 22.5 / 20.4, 128 rows 36 / 40.
+Measured, all of SmolLM2-135M's products but the head, bfloat16, two cores, oneDNN / here: 8 rows 8.8 / 8.7 ms, 16 rows
+9.2 / 8.1, 24 rows 11.2 / 8.0, 32 rows 13.2 / 11.6, 48 rows 17.2 / 13.2, 64 rows 21.5 / 17.8, 96 rows 27.8 / 24.1, 128
+rows 35.0 / 32.7, 256 rows 62.6 / 62.1.
 """
 LINES_OF_A_ROW = WIDE * 4 // CACHE_LINE
 STEPS = 72
@@ -120,18 +122,6 @@ def _make_add_products(streams: int, lanes: int) -> Any:
 
 _add_products_64, _add_products_of_two_64 = (_make_add_products(streams, 64) for streams in (1, 2))
 _add_products_32, _add_products_of_two_32 = (_make_add_products(streams, 32) for streams in (1, 2))
-
-
-def words(array):  # pragma: no cover
-    """Stored numbers as `minillm.kernels.cpu.tiles` multiplies them."""
-    raise NotImplementedError("only inside compiled code")
-
-
-@overload(words, inline="always")
-def _words(array):
-    if array.dtype == types.float32:
-        return lambda array: array
-    return lambda array: array.view(np.uint32)
 
 
 @njit(inline="always")

@@ -57,8 +57,6 @@ from minillm.kernels.cpu.prompt_attention import (
     attend_prompt,
     attend_to_common,
     cap_scores,
-    in_a_word,
-    lay_out_query,
     words_for,
 )
 from minillm.kernels.cpu.tiles import (
@@ -69,6 +67,7 @@ from minillm.kernels.cpu.tiles import (
     attend_to_block_3,
     attend_to_block_4,
 )
+from minillm.kernels.cpu.tiles import words as in_words
 from minillm.kernels.cpu.vectors import (
     HEADS_AT_A_TIME,
     KEYS_AT_A_TIME,
@@ -191,40 +190,36 @@ def _takes_blocks_here(k_cache, cap):
     return lambda k_cache, cap: cap == 0 and k_cache.shape[2] == BLOCK and k_cache.shape[3] % CHANNELS == 0
 
 
-def _attend_block(
-    queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
-):  # pragma: no cover # fmt: skip
-    """`_attend_tile` of a block."""
+def _attend_block(queries, begin, end, k_cache, v_cache, place, scale, state):  # pragma: no cover
+    """`_attend_tile` of a block.
+
+    Args:
+        place: the block, its head, the block that comes next, and first and last key.
+        state: largest, total, weights and sums.
+    """
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(_attend_block)
-def _attend_block_here(
-    queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
-):  # fmt: skip
-    def skip(
-        queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
-    ):  # fmt: skip
+@overload(_attend_block, inline="always")
+def _attend_block_here(queries, begin, end, k_cache, v_cache, place, scale, state):
+    def skip(queries, begin, end, k_cache, v_cache, place, scale, state):
         pass
 
-    def attend_block(
-        queries, begin, end, keys, values, first, last, scale, largest, total, weights, sums, next_keys, next_values
-    ):  # fmt: skip
-        state = (largest, total, weights, sums, next_keys, next_values)
+    def attend_block(queries, begin, end, k_cache, v_cache, place, scale, state):
         head = begin
         while head < end:
             left = min(end - head, 4)
             if left == 4:
-                attend_to_block_4(queries, head, keys, values, first, last, scale, *state)
+                attend_to_block_4(queries, head, k_cache, v_cache, *place, scale, *state)
             elif left == 3:
-                attend_to_block_3(queries, head, keys, values, first, last, scale, *state)
+                attend_to_block_3(queries, head, k_cache, v_cache, *place, scale, *state)
             elif left == 2:
-                attend_to_block_2(queries, head, keys, values, first, last, scale, *state)
+                attend_to_block_2(queries, head, k_cache, v_cache, *place, scale, *state)
             else:
-                attend_to_block_1(queries, head, keys, values, first, last, scale, *state)
+                attend_to_block_1(queries, head, k_cache, v_cache, *place, scale, *state)
             head += left
 
-    return attend_block if HAS_512_BITS and (keys.dtype == types.float32 or HAS_PAIRS) else skip
+    return attend_block if HAS_512_BITS and (k_cache.dtype == types.float32 or HAS_PAIRS) else skip
 
 
 @njit(fastmath=FASTMATH, inline="always")
@@ -246,10 +241,9 @@ def _attend_part(
     heads = q.shape[1]
     group = heads // kv_heads
     query, mean = np.empty((heads, head_dim), np.float32), np.empty((heads, head_dim), np.float32)
-    weights = np.empty((heads, block_size), np.float32)
+    weights, weight_words = np.empty((heads, block_size), np.float32), np.empty((heads, block_size), words.dtype)
     takes_blocks = _takes_blocks(k_cache, cap)
-    query_words, weight_words = np.empty((heads, head_dim), words.dtype), np.empty((heads, block_size), words.dtype)
-    query_words = query_words[:, : head_dim // in_a_word(words)]
+    queries = in_words(q if takes_blocks else np.empty((0, heads, 2), q.dtype))
     largest, total, shrink = np.empty(heads, np.float32), np.empty(heads, np.float32), np.empty(heads, np.float32)
     tokens[part, 0] = tokens[part, 1] = -1
     at, stop = ends[-1] * part // parts, ends[-1] * (part + 1) // parts
@@ -259,12 +253,9 @@ def _attend_part(
         seen = max(shared * block_size, length - window)
         first_block = seen // block_size
         begin, end = first_block + at - ends[token], first_block + min(ends[token + 1], stop) - ends[token]
-        for head in range(heads):
-            largest[head], total[head] = -np.inf, 0
-            mean[head] = 0
-            if takes_blocks:
-                lay_out_query(q[token, head], query_words[head])
-            else:
+        largest[:], total[:], mean[:] = -np.inf, 0, 0
+        if not takes_blocks:
+            for head in range(heads):
                 for d in range(head_dim):
                     query[head, d] = read(q[token, head, d]) * scale
         if shared and at == ends[token]:
@@ -273,20 +264,16 @@ def _attend_part(
                 mean[head] = common_mean[token, head]
         for number in range(begin, end):
             first, last = max(0, seen - number * block_size), min(block_size, length - number * block_size)
+            block, coming = table[number], table[min(number + 1, end - 1)]
             for kv_head in range(kv_heads):
-                keys, values = k_cache[table[number], kv_head], v_cache[table[number], kv_head]
-                coming = table[min(number + 1, end - 1)]
-                next_keys, next_values = k_cache[coming, kv_head], v_cache[coming, kv_head]
                 head, end_head = kv_head * group, (kv_head + 1) * group
                 if takes_blocks:
-                    _attend_block(
-                        query_words, head, end_head, keys, values, first, last, scale,
-                        largest, total, weight_words, mean, next_keys, next_values
-                    )  # fmt: skip
+                    place, state = (block, kv_head, coming, first, last), (largest, total, weight_words, mean)
+                    _attend_block(queries[token], head, end_head, k_cache, v_cache, place, scale, state)
                 else:
                     _attend_tile(
-                        query, head, end_head, keys, values, first, last, cap,
-                        weights, largest, total, shrink, mean, next_keys, next_values
+                        query, head, end_head, k_cache[block, kv_head], v_cache[block, kv_head], first, last, cap,
+                        weights, largest, total, shrink, mean, k_cache[coming, kv_head], v_cache[coming, kv_head]
                     )  # fmt: skip
         if end - begin == ends[token + 1] - ends[token]:
             _finish(out, token, total, mean)

@@ -28,7 +28,7 @@ MANY_TOKENS = 32
 """So many are worth waking another thread."""
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@njit(fastmath=FASTMATH, inline="always")  # a call with rows of arrays takes 90 ns, what it does 6
 def _turn(source, c, s, interleaved, target):
     """One head of one token."""
     half = len(c)
@@ -67,7 +67,9 @@ def _rotate_and_write_one(token, places, cos, sin, interleaved, q_out, k_cache, 
         block, place = divmod(slots[token], k_cache.shape[2])
         for head in range(kv_heads):
             _turn(k[head], cos[token], sin[token], interleaved, k_cache[block, head, place])
-            v_cache[block, head, place] = v[head]
+            target = v_cache[block, head, place]
+            for d in range(head_dim):
+                target[d] = v[head, d]
 
 
 @njit(nogil=True, cache=True)

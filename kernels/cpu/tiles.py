@@ -18,9 +18,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-from minillm.kernels.cpu.bfloat16 import BFloat, nearest
+from minillm.kernels.cpu.bfloat16 import nearest
 from minillm.kernels.cpu.compiler import HAS_512_BITS, HAS_PAIRS
 from minillm.kernels.cpu.vectors import CACHE_LINE, INDEX, LANES, NUMBER, WORD, Builder
 
@@ -34,6 +34,31 @@ MASKED = -1e30
 """The score of a key that is not seen: finite, so that nothing becomes NaN before a row has seen its first key."""
 PAIR_SUMS = 16
 """Sums of one instruction for pairs."""
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def words(array):  # pragma: no cover
+    """Stored numbers as words: float32 as they are, of bfloat16 each two that follow each other."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(words, inline="always")
+def _words(array):
+    if array.dtype == types.float32:
+        return lambda array: array
+    return lambda array: array.view(np.uint32)
 
 
 class TileBuilder(Builder):
@@ -53,7 +78,7 @@ class TileBuilder(Builder):
             for first, second in zip(self.both(a), self.both(b), strict=True):
                 total = self.multiply_add(first, second, total)
             return total
-        pairs = ir.VectorType(BFloat(), 2 * PAIR_SUMS)
+        pairs = ir.VectorType(_BFloat(), 2 * PAIR_SUMS)
         kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
         function = cgutils.get_or_insert_function(self.ir.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return self.ir.call(function, [total, self.ir.bitcast(a, pairs), self.ir.bitcast(b, pairs)])
@@ -80,8 +105,10 @@ class TileBuilder(Builder):
         return join(halves[0], halves[1], (0, 2, 4, 6), (1, 3, 5, 7))
 
     def narrow(self, numbers: Any) -> Any:
-        """float32 → bfloat16, as 16 bits each."""
-        return nearest(self.ir, numbers)
+        """float32 → bfloat16."""
+        if not HAS_PAIRS:
+            return nearest(self.ir, numbers)
+        return self.ir.fptrunc(numbers, ir.VectorType(_BFloat(), numbers.type.count))
 
     def larger(self, a: Any, b: Any) -> Any:
         """Elementwise."""
@@ -271,21 +298,31 @@ def _make_attend_to_block(heads: int) -> Any:
 
     @intrinsic
     def attend_to_block(
-        typing_context, queries, head, keys, values, first, last, scale, largest, total, weights, sums, next_keys,
-        next_values
+        typing_context, queries, head, keys, values, block, kv_head, coming, first, last, scale, largest, total,
+        weights, sums
     ):  # fmt: skip
-        """Take the keys first ≤ t < last into largest, total and sums of the queries from `head` on.
+        """Take the block's keys first ≤ t < last into largest, total and sums of the queries from `head` on.
 
-        queries and weights hold words, keys and values stored numbers: ``[BLOCK, channels]``. The same cache lines of
-        the next block are asked for on the way.
+        queries and weights hold words, keys and values stored numbers: ``[blocks, kv_heads, BLOCK, channels]``. The
+        same cache lines of the block `coming` are asked for on the way.
         """
         are_pairs = queries.dtype != types.float32
         size = 2 if are_pairs else 4
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             t = TileBuilder(context, builder)
-            names = {0: "q", 2: "k", 3: "v", 7: "largest", 8: "total", 9: "weights", 10: "sums", 11: "nk", 12: "nv"}
+            names = {0: "q", 2: "keys", 3: "values", 10: "largest", 11: "total", 12: "weights", 13: "sums"}
             arrays = {name: t.array(signature.args[at], args[at]) for at, name in names.items()}
+
+            def rows_of(name: str, number: Any) -> Any:
+                """Address of a row of this head in block `number`, by the row's number."""
+                strides = cgutils.unpack_tuple(builder, arrays[name].strides)
+                start = builder.add(t.row(arrays[name], number), builder.mul(args[5], strides[1]))
+                return lambda row: builder.add(start, builder.mul(row, strides[2]))
+
+            key_at, coming_key_at, value_at, coming_value_at = (
+                rows_of(name, number) for name in ("keys", "values") for number in (args[4], args[6])
+            )
             numbers = [builder.add(args[1], INDEX(h)) for h in range(heads)]
             q_rows = [t.row(arrays["q"], number) for number in numbers]
             words = cgutils.unpack_tuple(builder, arrays["q"].shape)[1]
@@ -295,9 +332,7 @@ def _make_attend_to_block(heads: int) -> Any:
                 return t.words(address, BLOCK) if are_pairs else t.load(address, BLOCK)
 
             def scores_of(four: int) -> list[Any]:
-                rows, coming = (
-                    [t.row(arrays[name], INDEX(key)) for key in range(four, four + 4)] for name in ("k", "nk")
-                )
+                rows, coming = ([at(INDEX(key)) for key in range(four, four + 4)] for at in (key_at, coming_key_at))
 
                 def body(word: Any, sums: Sequence[Any]) -> list[Any]:
                     for row in coming:
@@ -312,10 +347,10 @@ def _make_attend_to_block(heads: int) -> Any:
             fours = [scores_of(four) for four in range(0, BLOCK, 4)]
             lanes = ir.Constant(ir.VectorType(INDEX, BLOCK), list(range(BLOCK)))
             seen = builder.and_(
-                builder.icmp_signed(">=", lanes, t.all_lanes(args[4], BLOCK)),
-                builder.icmp_signed("<", lanes, t.all_lanes(args[5], BLOCK)),
+                builder.icmp_signed(">=", lanes, t.all_lanes(args[7], BLOCK)),
+                builder.icmp_signed("<", lanes, t.all_lanes(args[8], BLOCK)),
             )
-            factor, shrunk = t.all_lanes(args[6], BLOCK), []
+            factor, shrunk = t.all_lanes(args[9], BLOCK), []
             for h, number in enumerate(numbers):
                 powers = builder.fmul(factor, t.sums_of_fours([four[h] for four in fours]))
                 powers = builder.select(seen, powers, t.constant(MASKED, BLOCK))
@@ -333,13 +368,13 @@ def _make_attend_to_block(heads: int) -> Any:
                 sums = [builder.fmul(shrunk[at // len(parts)], t.load(place, BLOCK)) for at, place in enumerate(places)]
 
                 def body(key: Any, sums: Sequence[Any]) -> list[Any]:
-                    rows, coming = [t.row(arrays["v"], key)], [t.row(arrays["nv"], key)]
+                    rows, coming = [value_at(key)], [coming_value_at(key)]
                     if are_pairs:  # one that is not seen, and may be no number, gives its place to the other
                         following = builder.add(key, INDEX(1))
-                        coming.append(t.row(arrays["nv"], following))
-                        one = builder.select(builder.icmp_signed("<", key, args[4]), following, key)
-                        other = builder.select(builder.icmp_signed("<", following, args[5]), following, key)
-                        rows = [t.row(arrays["v"], number) for number in (one, other)]
+                        coming.append(coming_value_at(following))
+                        one = builder.select(builder.icmp_signed("<", key, args[7]), following, key)
+                        other = builder.select(builder.icmp_signed("<", following, args[8]), following, key)
+                        rows = [value_at(number) for number in (one, other)]
                     starts, asked = ([t.plus(row, channel, size) for row in some] for some in (rows, coming))
                     for start in asked:
                         for line in range(0, CHANNELS * size, CACHE_LINE):
@@ -356,20 +391,18 @@ def _make_attend_to_block(heads: int) -> Any:
                         for part, value in enumerate(values)
                     ]
 
-                begin = builder.and_(args[4], INDEX(-2)) if are_pairs else args[4]
-                sums = t.loop(begin, args[5], 2 if are_pairs else 1, sums, body)
+                begin = builder.and_(args[7], INDEX(-2)) if are_pairs else args[7]
+                sums = t.loop(begin, args[8], 2 if are_pairs else 1, sums, body)
                 for value, place in zip(sums, places, strict=True):
                     t.store(value, place)
                 return []
 
-            end = cgutils.unpack_tuple(builder, arrays["v"].shape)[1]
+            end = cgutils.unpack_tuple(builder, arrays["values"].shape)[3]
             t.loop(INDEX(0), end, CHANNELS, [], channels)
             return context.get_dummy_value()
 
-        integers, kind = (types.intp, types.intp), types.float32
-        kinds = (
-            queries, types.intp, keys, values, *integers, kind, largest, total, weights, sums, next_keys, next_values
-        )  # fmt: skip
+        numbers, scores = [types.intp] * 5, (types.float32, largest, total, weights, sums)
+        kinds = (queries, types.intp, keys, values, *numbers, *scores)
         return types.void(*kinds), generate
 
     return attend_to_block

@@ -28,11 +28,9 @@ from minillm.transformer.sampling import draw, transform
 
 DEFAULT_CPU_KV_BYTES = 2**30
 """Memory for keys and values on a CPU, where nothing else is said."""
-WARM_UP_TOKENS = {"cpu": (1, 8, 32, 96, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
+WARM_UP_TOKENS = {"cpu": (1, 8, 32, 120, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}
 """Lengths of prompts to compile for: a CPU's kernels divide many rows among threads; on CUDA, tiles grow with the
 longest prompt of a step, up to 128 rows."""
-
-
 LATE_CHUNK = 1024
 """Tokens of a sequence of which even a small last chunk has many scores, for which a CPU has a kernel of its own."""
 

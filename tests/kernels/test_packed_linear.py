@@ -60,7 +60,7 @@ def test_equals_float64(dtype, rows, outputs, half_inputs, has_bias, width, seed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 4, 5, 13, 64])
+@pytest.mark.parametrize("rows", [1, 4, 5, 13, 96])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_blocks_divided_among_threads(dtype, rows, width):
     """Enough weights for two threads, an odd number of blocks for each, and inputs that are no multiple of a tile."""
