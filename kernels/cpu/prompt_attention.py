@@ -100,7 +100,7 @@ def lay_out_tile(tile, count, k_cache, v_cache, blocks, kv_head, keys, values):
                 values[t // size, d] = word(values, value[d], following[d])
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def lay_out_query(query, words):
     """One row's query, as words."""
     size, head_dim = in_a_word(words), len(query)
@@ -244,8 +244,9 @@ def _attend_to_common(tokens, count, q, kv_head, keys, values, scale, cap, lse, 
     for row in range(len(tokens) * group):
         token, head = tokens[row // group], kv_head * group + row % group
         lse[token, head] = largest[row] + np.log2(total[row])
-        for d in range(mean.shape[2]):
-            mean[token, head, d] = sums[row, d] / total[row]
+        target, share = mean[token, head], np.float32(1) / total[row]
+        for d in range(len(target)):
+            target[d] = sums[row, d] * share
 
 
 @njit(nogil=True, cache=True, parallel=ONLY_PRANGE)
