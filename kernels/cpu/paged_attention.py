@@ -268,8 +268,8 @@ def _attend_part(
             for kv_head in range(kv_heads):
                 head, end_head = kv_head * group, (kv_head + 1) * group
                 if takes_blocks:
-                    place, state = (block, kv_head, coming, first, last), (largest, total, weight_words, mean)
-                    _attend_block(queries[token], head, end_head, k_cache, v_cache, place, scale, state)
+                    where, state = (block, kv_head, coming, first, last), (largest, total, weight_words, mean)
+                    _attend_block(queries[token], head, end_head, k_cache, v_cache, where, scale, state)
                 else:
                     _attend_tile(
                         query, head, end_head, k_cache[block, kv_head], v_cache[block, kv_head], first, last, cap,

@@ -88,7 +88,7 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, head: PackedLinear) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.table = head, head.few
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -98,7 +98,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
         kernel = self.head.kernel
         assert kernel is not None, "few is asked first"
-        rows: Tensor = kernel.rows(self.head.few, tokens.reshape(-1))
+        rows: Tensor = kernel.rows(self.table, tokens.reshape(-1))
         return rows.view(*tokens.shape, self.head.in_features)
 
 

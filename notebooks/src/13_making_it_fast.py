@@ -429,7 +429,7 @@ assert gathered is None or at_last.total() < after.total() / 2
 
 # %% [markdown]
 # (Where the layout is another one, or the layers are of a kind that the function does not know, the engine goes the
-# way of section 4. So do batches, except where registers have 512 bits: there the products of up to 64 rows are made
+# way of section 4. So do batches, except where registers have 512 bits: there the products of up to 96 rows are made
 # in place too, faster than oneDNN makes them, and a batch of that size is one call.) On a GPU the same is done by
 # recording a step once and replaying it: CUDA graphs.
 #
