@@ -22,7 +22,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from minillm.kernels.cpu.bfloat16 import bits, read, write
-from minillm.kernels.cpu.fast_math import LOG2_E, ONLY_PRANGE, use_torch_threads
+from minillm.kernels.cpu.fast_math import FASTMATH, LOG2_E, ONLY_PRANGE, use_torch_threads
 from minillm.kernels.cpu.packed_linear import FewRows, multiply, side_by_side
 from minillm.kernels.cpu.paged_attention import FAR, MIN_TILES_PER_THREAD, NOTHING, Plan, _attend, _rows
 from minillm.kernels.cpu.prompt_attention import words_for
@@ -95,7 +95,7 @@ def _matrix(like, place):
     return numbers_at(like, place[0], (place[1], place[2], place[3]))
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _rotate_and_write_some(
     begin, end, projected, q_norm, k_norm, eps, weight_offset, cos, sin, interleaved, q, k_cache, v_cache, slots
 ):  # fmt: skip

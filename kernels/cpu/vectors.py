@@ -85,8 +85,9 @@ class Builder:
         return self.ir.bitcast(self.ir.shl(words, ir.Constant(words.type, [16] * lanes)), self.vector(lanes))
 
     def store(self, value: Any, address: Any) -> None:
-        """Write a vector."""
-        self.ir.store(value, self.ir.inttoptr(address, value.type.as_pointer()), align=4)
+        """Write a vector of float32 or bfloat16."""
+        align = 4 if value.type.element == NUMBER else 2
+        self.ir.store(value, self.ir.inttoptr(address, value.type.as_pointer()), align=align)
 
     def spread(self, address: Any, lanes: int) -> Any:
         """The float32 there, in all lanes."""

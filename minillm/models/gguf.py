@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -88,7 +89,8 @@ class _Reader(gguf.GGUFReader):
 
     def _push_field(self, field: gguf.ReaderField, skip_sum: bool = False) -> int:
         if gguf.GGUFValueType.ARRAY in field.types[:1]:
-            field = _Array(field.offset, field.name, [field.contents()], [0], field.types)
+            with suppress(ValueError):  # text that is none: said when somebody asks for it
+                field = _Array(field.offset, field.name, [field.contents()], [0], field.types)
         return super()._push_field(field, skip_sum)
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:

@@ -1,6 +1,6 @@
 """Linear layers for inference on a CPU, with weights laid out, or rounded, for it.
 
-At load, each takes the place of an `nn.Linear`; the model does not notice (`swap_linears`).
+At load, each takes the place of an `nn.Linear` (`PackedEmbedding` of an `nn.Embedding`); the model does not notice.
 
 - `PackedLinear`: the same weights in the order in which oneDNN's matrix product reads them. `F.linear` arranges them
   anew in every call, or reads them against the grain. Products of a few rows read the same memory by a kernel of our
@@ -98,7 +98,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens in"]:
         kernel = self.head.kernel
         assert kernel is not None, "few is asked first"
-        rows: Tensor = kernel.rows(self.table, tokens.reshape(-1))
+        rows: Tensor = kernel.look_up(self.table, tokens.reshape(-1))
         return rows.view(*tokens.shape, self.head.in_features)
 
 

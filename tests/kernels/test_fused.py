@@ -39,7 +39,7 @@ def kernels(request):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_offset", [0.0, 1.0])
-@pytest.mark.parametrize("shape", [(1, 64), (5, 96), (3, 576)])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 96), (3, 576), (67, 64)])
 def test_residual_sum_and_norm(kernels, shape, weight_offset, dtype):
     torch.manual_seed(0)
     x, added, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def few_rows(weight: torch.Tensor, bias: torch.Tensor | None, width: int = WIDTH
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(1, 6) | st.integers(7, 70),
+    rows=st.integers(1, 6) | st.integers(7, 96),
     outputs=st.integers(1, 300),
     half_inputs=st.integers(1, 200),
     has_bias=st.booleans(),
@@ -101,6 +102,16 @@ def test_code_that_was_compiled_of_other_sources_is_dropped(tmp_path):
     (tmp_path / "other.py").write_text("2")
     compiler.drop_old_code(tmp_path)
     assert not code.exists()
+
+
+def test_a_thread_without_tiles_writes_nothing():
+    words, x = np.ones((4, 8, packed_linear.WIDE), np.float32), np.ones((12, 8), np.float32)
+    out = np.full((12, 4 * packed_linear.WIDE), -1, np.float32)
+    packed_linear._some_tiles(words, x, np.zeros((6, 8), np.float32), np.empty(0, np.float32), out, 1, 1)
+    assert (out == -1).all()
+    packed_linear._some_tiles(words, x, np.zeros((6, 8), np.float32), np.empty(0, np.float32), out, 1, 2)
+    assert (out[6:, : packed_linear.WIDE] == 8).all()
+    assert (out == -1).sum() == out.size - 6 * packed_linear.WIDE
 
 
 @pytest.mark.parametrize("sizes", [(960, 576), (3072, 576), (1, 1), (3, 5), (90, 50), (384, 128), (65, 64), (8192, 64)])

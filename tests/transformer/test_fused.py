@@ -166,11 +166,12 @@ def test_layers_that_are_not_packed_are_not_gathered():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sequences", [2, 40])
-def test_whole_layers_of_a_batch_with_a_common_beginning(sequences, dtype, monkeypatch):
+@pytest.mark.parametrize(("sequences", "qk_norm"), [(2, False), (40, False), (40, True)])
+def test_whole_layers_of_a_batch_with_a_common_beginning(sequences, qk_norm, dtype, monkeypatch):
     """One layer of three sees but five tokens, the others read what is common once for all; on several threads."""
     monkeypatch.setattr(paged_attention, "MIN_SHARED", 1)
-    plain = decoder(layers=tuple(LayerConfig(window, RotaryConfig(8)) for window in (None, 5, None)))
+    layers = tuple(LayerConfig(window, RotaryConfig(8)) for window in (None, 5, None))
+    plain = decoder(layers=layers, qk_norm=qk_norm)
     model = copy.deepcopy(plain).to(dtype)
     swap_linears(model, HandPacked)
     model.gather_layers()

@@ -48,6 +48,9 @@ def test_a_tied_table_is_read_in_the_head(tokens, vocabulary, dtype):
     assert torch.equal(embedding(asked), F.embedding(asked, table))
     assert torch.equal(embedding(torch.arange(vocabulary)), table)
     assert torch.equal(embedding.weight, table)
+    for missing in (-1, vocabulary):
+        with pytest.raises(IndexError, match=f"rows from 0 to {vocabulary - 1} can be looked up"):
+            embedding(torch.tensor([0, missing]))
 
 
 @pytest.mark.parametrize("bias", [True, False])
