@@ -434,6 +434,16 @@ def test_the_header_is_read_as_the_library_reads_it(small_file):
     assert tokens.contents(3) == tokens.contents()[3] == tokens.contents(slice(3, 4))[0]
 
 
+def test_a_text_that_is_none_is_said_when_it_is_asked_for(small_file, tmp_path):
+    field, content = gguf.GGUFReader(small_file).fields["tokenizer.ggml.tokens"], bytearray(small_file.read_bytes())
+    content[content.index(max(field.contents(), key=len).encode(), field.offset)] = 0xFF
+    path = tmp_path / "text.gguf"
+    path.write_bytes(content)
+    load_model(path)
+    with pytest.raises(CheckpointError, match=r"header's tokenizer\.ggml\.tokens cannot be read"):
+        get_tokenizer(path)
+
+
 def test_not_gguf(tmp_path):
     path = tmp_path / "page.gguf"
     path.write_text("<html>404</html>" * 100)

@@ -9,9 +9,7 @@ from torch import nn
 
 from minillm.errors import ConfigError
 from minillm.transformer import linear
-from minillm.transformer.decoder import Decoder, DecoderConfig, LayerConfig
 from minillm.transformer.linear import Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
-from minillm.transformer.positions import RotaryConfig
 
 
 @pytest.fixture(autouse=True, params=["kernels", "PyTorch"])
@@ -148,19 +146,9 @@ def test_a_quantized_engine_answers_as_its_rounded_weights_do(kind, bits):
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_a_packed_decoder_gives_a_tied_table_back(tied):
-    layers = (LayerConfig(None, RotaryConfig(16)),) * 2
-    config = DecoderConfig(
-        vocab_size=300,
-        hidden_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        max_position_embeddings=64,
-        layers=layers,
-        tied_head=tied,
-    )
-    decoder, tokens = Decoder(config), torch.randint(300, (2, 7))
+    from tests.transformer.test_fused import decoder as small_decoder  # skips this test where there is no Numba
+
+    decoder, tokens = small_decoder(tied_head=tied, vocab_size=300), torch.randint(300, (2, 7))
     table, before = decoder.embedding.weight, decoder(tokens)
     decoder.make_head()
     linear.swap_linears(decoder, PackedLinear)
